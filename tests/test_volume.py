@@ -1,0 +1,531 @@
+"""Volume: what readers and writer promise, on files built here and on the real ones beside the repository."""
+
+import struct
+import time
+
+import numpy as np
+import pytest
+import tifffile
+
+from vit3d import volume as volume_module
+from vit3d.volume import Volume, read_volume, write_volume
+
+SPACING = (1.5, 0.33, 0.21)
+
+
+def noise(shape=(9, 33, 21), dtype=np.uint16, seed=0):
+    return np.random.default_rng(seed).integers(0, 200, shape).astype(dtype)
+
+
+def imagej(path, voxels, unit="um", spacing=1.5, pixels_per_unit=(4.0, 2.0), axes="ZYX"):
+    metadata = {"axes": axes, "spacing": spacing} | ({"unit": unit} if unit else {})
+    tifffile.imwrite(path, voxels, imagej=True, resolution=pixels_per_unit, metadata=metadata)
+    return path
+
+
+# ------------------------------------------------------------ the noun
+
+
+def test_a_crop_keeps_the_spacing_and_the_voxels_of_its_box():
+    voxels = noise()
+    part = Volume(voxels, SPACING).crop((slice(2, 5), slice(0, 7), slice(3, None)))
+    assert part.shape == (3, 7, 18)
+    assert part.spacing_um == SPACING
+    assert (part.voxels == voxels[2:5, 0:7, 3:]).all()
+
+
+@pytest.mark.parametrize("spacing", [(1, 0, 1), (1, -1, 1), (1, np.nan, 1), (np.inf, 1, 1), (1, 1)])
+def test_a_spacing_that_is_not_three_positive_numbers_is_refused(spacing, tmp_path):
+    with pytest.raises(ValueError, match="three positive numbers"):
+        Volume(noise(), spacing)
+    path = imagej(tmp_path / "a.tif", noise())
+    with pytest.raises(ValueError, match="three positive numbers"):
+        read_volume(path, spacing_um=spacing)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (2, 3, 4, 5), (0, 4, 4)])
+def test_voxels_that_are_no_stack_are_refused(shape):
+    with pytest.raises(ValueError, match="must be a stack"):
+        Volume(np.zeros(shape))
+
+
+# ------------------------------------------------------------ writing
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32", "int16", "int32", "uint32", "float64"])
+@pytest.mark.parametrize("spacing", [SPACING, None])
+def test_written_voxels_and_spacing_come_back(tmp_path, dtype, spacing):
+    written = Volume(noise(dtype=dtype), spacing)
+    write_volume(written, tmp_path / "a.tif")
+    read = read_volume(tmp_path / "a.tif")
+    assert read.voxels.dtype == dtype
+    assert (read.voxels == written.voxels).all()
+    assert read.spacing_um == spacing
+
+
+def test_a_volume_too_large_for_imagej_is_written_as_bigtiff(tmp_path, monkeypatch):
+    monkeypatch.setattr(volume_module, "_LARGEST_IMAGEJ_BYTES", 100)
+    write_volume(Volume(noise(), SPACING), tmp_path / "a.tif")
+    with tifffile.TiffFile(tmp_path / "a.tif") as tiff:
+        assert tiff.is_bigtiff
+        assert tiff.is_ome
+    read = read_volume(tmp_path / "a.tif")
+    assert (read.voxels == noise()).all()
+    assert read.spacing_um == SPACING
+
+
+def test_a_mask_is_written_as_0_and_255(tmp_path):
+    mask = noise() > 100
+    write_volume(Volume(mask), tmp_path / "mask.tif")
+    assert (read_volume(tmp_path / "mask.tif").voxels == 255 * mask.astype(np.uint8)).all()
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    def full_disk(name, *_, **__):
+        name.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    write_volume(Volume(noise()), tmp_path / "a.tif")
+    before = (tmp_path / "a.tif").read_bytes()
+    monkeypatch.setattr(tifffile, "imwrite", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        write_volume(Volume(noise()), tmp_path / "a.tif")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tif"]
+    assert (tmp_path / "a.tif").read_bytes() == before
+
+
+def test_only_tiff_is_written(tmp_path):
+    with pytest.raises(ValueError, match=r"must end in \.tif"):
+        write_volume(Volume(noise()), tmp_path / "a.v3draw")
+
+
+# ------------------------------------------------------------ spacing from metadata
+
+
+@pytest.mark.parametrize(
+    "unit, um",
+    [("um", 1), ("micron", 1), ("\\u00B5m", 1), ("nm", 1e-3), ("mm", 1e3)],
+)
+def test_imagej_spacing_is_pixels_per_unit_and_the_absolute_slice_distance(tmp_path, unit, um):
+    path = imagej(tmp_path / "a.tif", noise(), unit, spacing=-1.5)
+    assert read_volume(path).spacing_um == pytest.approx((1.5 * um, 0.5 * um, 0.25 * um), rel=1e-8)
+    assert read_volume(path, spacing_um=(3, 2, 1)).spacing_um == (3, 2, 1)
+
+
+def test_imagej_writes_micro_as_one_latin_byte_too(tmp_path):
+    path = imagej(tmp_path / "a.tif", noise(), "Xm")
+    path.write_bytes(path.read_bytes().replace(b"unit=Xm", b"unit=\xb5m"))
+    assert read_volume(path).spacing_um == (1.5, 0.5, 0.25)
+
+
+@pytest.mark.parametrize("unit", ["inch", "pixel", "", None])
+def test_imagej_without_a_physical_unit_has_no_spacing(tmp_path, unit):
+    assert read_volume(imagej(tmp_path / "a.tif", noise(), unit)).spacing_um is None
+
+
+def test_a_resolution_in_dots_per_inch_is_no_spacing(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", noise(), resolution=(72, 72), resolutionunit="INCH")
+    assert read_volume(tmp_path / "a.tif").spacing_um is None
+
+
+@pytest.mark.parametrize("unit, um", [("µm", 1), ("nm", 1e-3), ("mm", 1e3), (None, 1), ("pixel", None)])
+def test_ome_spacing_is_read_with_its_unit(tmp_path, unit, um):
+    metadata = {"axes": "ZYX"}
+    for axis, size in zip("ZYX", SPACING, strict=True):
+        metadata |= {f"PhysicalSize{axis}": size} | ({f"PhysicalSize{axis}Unit": unit} if unit else {})
+    tifffile.imwrite(tmp_path / "a.ome.tif", noise(), metadata=metadata)
+    expected = um and pytest.approx([um * step for step in SPACING], rel=1e-8)
+    assert read_volume(tmp_path / "a.ome.tif").spacing_um == expected
+
+
+def test_ome_with_a_step_that_is_not_stated_has_no_spacing(tmp_path):
+    sizes = {"PhysicalSizeX": 0.3, "PhysicalSizeY": 0.3}
+    tifffile.imwrite(tmp_path / "a.ome.tif", noise(), metadata={"axes": "ZYX", **sizes})
+    assert read_volume(tmp_path / "a.ome.tif").spacing_um is None
+
+
+def test_lsm_spacing_is_in_metres(tmp_path):
+    sizes = (21, 33, 9, 1, 1, 1, 21, 33)
+    steps = (1e-6 * step for step in reversed(SPACING))
+    info = struct.pack("<Ii8i3d3d2HI", 0x0400494C, 96, *sizes, *steps, 0, 0, 0, 0, 0, 1)
+    with tifffile.TiffWriter(tmp_path / "a.lsm") as tiff:
+        for plane in noise():
+            tiff.write(plane, metadata=None, extratags=[(34412, "B", len(info), info, True)])
+            tiff.write(plane[::4, ::4], metadata=None, subfiletype=1)  # every page has a thumbnail
+    read = read_volume(tmp_path / "a.lsm")
+    assert (read.voxels == noise()).all()
+    assert read.spacing_um == pytest.approx(SPACING, rel=1e-8)
+
+
+def test_the_real_stacks_state_no_spacing(shared):
+    volume = read_volume(shared / "data/op/OP_6.tif")
+    assert (volume.shape, volume.voxels.dtype, volume.spacing_um) == ((101, 512, 512), np.uint8, None)
+    volume = read_volume(shared / "data/trailmap/volume.tif", spacing_um=(2, 2, 2))
+    assert (volume.shape, volume.voxels.dtype, volume.spacing_um) == ((101, 120, 120), np.uint16, (2, 2, 2))
+
+
+# ------------------------------------------------------------ axes and channels
+
+
+@pytest.mark.parametrize(
+    "axes, shape", [("CZYX", (2, 9, 8, 7)), ("ZCYX", (9, 2, 8, 7)), ("ZYXS", (9, 8, 7, 3))]
+)
+def test_a_channel_must_be_chosen_and_is_the_one_that_is_read(tmp_path, axes, shape):
+    voxels = noise(shape, np.uint8)
+    tifffile.imwrite(tmp_path / "a.ome.tif", voxels, metadata={"axes": axes})
+    at = max(axes.find("C"), axes.find("S"))
+    with pytest.raises(ValueError, match=rf"{shape[at]} channels.*--channel"):
+        read_volume(tmp_path / "a.ome.tif")
+    with pytest.raises(ValueError, match="no channel 3"):
+        read_volume(tmp_path / "a.ome.tif", channel=3)
+    assert (read_volume(tmp_path / "a.ome.tif", channel=1).voxels == voxels.take(1, at)).all()
+
+
+def test_an_imagej_hyperstack_is_read_by_channel(tmp_path):
+    voxels = noise((9, 2, 8, 7))
+    path = imagej(tmp_path / "a.tif", voxels, axes="ZCYX")
+    read = read_volume(path, channel=1)
+    assert (read.voxels == voxels[:, 1]).all()
+    assert read.spacing_um == (1.5, 0.5, 0.25)
+
+
+def test_one_channel_needs_no_choice_but_another_is_refused(tmp_path):
+    path = imagej(tmp_path / "a.tif", noise())
+    assert (read_volume(path, channel=0).voxels == noise()).all()
+    with pytest.raises(ValueError, match=r"1 channel\(s\).*no channel 1"):
+        read_volume(path, channel=1)
+
+
+def test_a_time_axis_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="time axis"):
+        read_volume(imagej(tmp_path / "a.tif", noise((3, 9, 8, 7)), axes="TZYX"))
+
+
+@pytest.mark.parametrize("shape, photometric", [((64, 48), "minisblack"), ((64, 48, 3), "rgb")])
+def test_a_2d_image_is_refused(tmp_path, shape, photometric):
+    tifffile.imwrite(tmp_path / "a.tif", noise(shape, np.uint8), photometric=photometric)
+    with pytest.raises(ValueError, match="2D image"):
+        read_volume(tmp_path / "a.tif")
+
+
+def test_axes_that_mean_nothing_here_are_refused(tmp_path):
+    axes = {"metadata": {"axes": "AZYX"}, "photometric": "minisblack"}
+    tifffile.imwrite(tmp_path / "a.tif", noise((3, 4, 8, 7)), **axes)
+    with pytest.raises(ValueError, match="not one 3D stack"):
+        read_volume(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("dtype", [">u2", ">f4", "int8", "float16", "float64", "uint64"])
+def test_every_depth_and_byte_order_is_read_in_the_machines_order(tmp_path, dtype):
+    byteorder = ">" if dtype[0] == ">" else "<"
+    tifffile.imwrite(tmp_path / "a.tif", noise().astype(dtype), byteorder=byteorder)
+    read = read_volume(tmp_path / "a.tif").voxels
+    assert read.dtype == np.dtype(dtype).newbyteorder("=")
+    assert (read == noise().astype(dtype)).all()
+
+
+# ------------------------------------------------------------ bad TIFF
+
+
+def test_a_missing_an_empty_and_a_foreign_file_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_volume(tmp_path / "a.tif")
+    (tmp_path / "a.tif").touch()
+    with pytest.raises(ValueError, match="is empty"):
+        read_volume(tmp_path / "a.tif")
+    (tmp_path / "a.tif").write_text("This is a letter, not an image.")
+    with pytest.raises(ValueError, match="not a TIFF"):
+        read_volume(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=r"is a folder.*v3dpbd"):
+        read_volume(tmp_path)
+    (tmp_path / "a.jpeg").touch()
+    with pytest.raises(ValueError, match=r"unknown type \.jpeg.*OME-TIFF"):
+        read_volume(tmp_path / "a.jpeg")
+
+
+@pytest.mark.parametrize("suffix", [".czi", ".nd2"])
+def test_vendor_formats_name_the_converter(tmp_path, suffix):
+    (tmp_path / f"a{suffix}").touch()
+    with pytest.raises(ValueError, match=rf"bfconvert a{suffix} a\.ome\.tif"):
+        read_volume(tmp_path / f"a{suffix}")
+
+
+@pytest.mark.parametrize("kind", ["imagej", "ome", "shaped", "plain", "bigtiff"])
+@pytest.mark.parametrize("compression", [None, "zlib", "zstd"])
+def test_a_tiff_truncated_anywhere_is_refused(tmp_path, kind, compression):
+    options = {
+        "imagej": {"imagej": True, "metadata": {"axes": "ZYX"}},
+        "ome": {"ome": True, "metadata": {"axes": "ZYX"}},
+        "shaped": {},
+        "plain": {"metadata": None},
+        "bigtiff": {"bigtiff": True, "metadata": None},
+    }[kind]
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, noise(), compression=compression, **options)
+    whole = path.read_bytes()
+    assert (read_volume(path).voxels == noise()).all()
+    # tifffile may end a file with 16 bytes of padding; without them nothing is lost
+    for length in {1, 8, 30, *np.linspace(100, len(whole) - 20, 25).astype(int).tolist()}:
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"cut short|incomplete|damaged|not a TIFF"):
+            read_volume(path)
+
+
+@pytest.mark.parametrize("options", [{"imagej": True}, {"ome": True}, {}])
+def test_a_stack_with_fewer_pages_than_its_description_declares_is_refused(tmp_path, options):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, noise(), compression="zlib", metadata={"axes": "ZYX"}, **options)
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages[4]
+        chain_end = page.offset + 2 + 12 * len(page.tags)
+    data = bytearray(path.read_bytes())
+    data[chain_end : chain_end + 4] = bytes(4)  # a page list that ends well, five pages long
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"incomplete|damaged"):
+        read_volume(path)
+
+
+@pytest.mark.parametrize("options", [{"imagej": True}, {"truncate": True}])
+def test_one_page_header_for_more_slices_than_the_file_holds_is_refused(tmp_path, options):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, noise(), metadata={"axes": "ZYX"}, **options)
+    with tifffile.TiffFile(path) as tiff:
+        page, voxels = tiff.pages[0], tiff.series[0].dataoffset
+        chain_end = page.offset + 2 + 12 * len(page.tags)
+    data = bytearray(path.read_bytes())
+    data[chain_end : chain_end + 4] = bytes(4)
+    path.write_bytes(data)
+    assert (read_volume(path).voxels == noise()).all()  # as Fiji saves stacks over 4 GB
+    path.write_bytes(data[: voxels + noise()[:5].nbytes])
+    with pytest.raises(ValueError, match=r"cut short|incomplete"):
+        read_volume(path)
+
+
+def test_a_bigtiff_whose_first_page_lies_beyond_every_file_is_refused(tmp_path):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, noise(), bigtiff=True)
+    path.write_bytes(path.read_bytes()[:8] + b"\xff" * 8 + path.read_bytes()[16:])
+    with pytest.raises(ValueError, match="cut short"):
+        read_volume(path)
+
+
+def test_compressed_bytes_that_were_overwritten_are_refused(tmp_path):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, noise(), compression="zlib")
+    with tifffile.TiffFile(path) as tiff:
+        start = tiff.pages[3].dataoffsets[0]
+    data = bytearray(path.read_bytes())
+    data[start : start + 200] = bytes(200)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="damaged"):
+        read_volume(path)
+
+
+def test_a_header_that_declares_more_than_memory_is_refused_before_allocating(tmp_path):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, noise((2, 16, 16), np.uint8), metadata=None, compression="zlib")
+    data = bytearray(path.read_bytes())
+    for tag in (256, 257, 278):  # width, length, rows per strip: inline values of every page
+        entry, huge = struct.pack("<HHI", tag, 3, 1), struct.pack("<HHII", tag, 4, 1, 1 << 20)
+        for form in (entry, struct.pack("<HHI", tag, 4, 1)):
+            at = data.find(form)
+            while at >= 0:
+                data[at : at + 12] = huge
+                at = data.find(form, at + 12)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"1048576 x 1048576 voxels.*GiB of memory are free"):
+        read_volume(path)
+
+
+def test_the_memory_limit_is_the_memory_that_is_free(tmp_path, monkeypatch):
+    path = imagej(tmp_path / "a.tif", noise())
+    monkeypatch.setattr(volume_module, "_free_bytes", lambda: noise().nbytes)
+    assert (read_volume(path).voxels == noise()).all()
+    monkeypatch.setattr(volume_module, "_free_bytes", lambda: noise().nbytes - 1)
+    with pytest.raises(ValueError, match="memory are free"):
+        read_volume(path)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinite_voxels_are_refused(tmp_path, bad):
+    voxels = noise(dtype=np.float32)
+    voxels[4, 3, 2] = bad
+    tifffile.imwrite(tmp_path / "a.tif", voxels)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        read_volume(tmp_path / "a.tif")
+
+
+def test_complex_voxels_are_refused(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", noise().astype(np.complex64))
+    with pytest.raises(ValueError, match="complex64"):
+        read_volume(tmp_path / "a.tif")
+
+
+# ------------------------------------------------------------ Vaa3D
+
+
+def vaa3d(path, key, datatype, shape, body, order="<"):
+    code = {"<": b"L", ">": b"B"}[order]
+    path.write_bytes(key + code + struct.pack(f"{order}h4i", datatype, *reversed(shape)) + body)
+    return path
+
+
+RAW, PBD = b"raw_image_stack_by_hpeng", b"v3d_volume_pkbitdf_encod"
+
+
+def packed(codes, bits):
+    """16-bit packets hold their differences highest bit first, the last byte filled with zeros."""
+    text = "".join(f"{code:0{bits}b}" for code in codes)
+    text += "0" * (-len(text) % 8)
+    return bytes(int(text[i : i + 8], 2) for i in range(0, len(text), 8))
+
+
+def encode_16bit(values, order="<", width=None):
+    """Pack bits and differences by the format's definition: a literal, then whatever fits, narrowest first.
+
+    Header byte: 0-31 n+1 literals; 32-79, 80-182, 183-222 differences of 3, 4, 5 bits; 223-255 repeats.
+    A difference d is stored as d when it is not negative, else as half the range minus d.
+    """
+    out, i, used = bytearray(), 0, set()
+    while i < len(values):
+        run = next((k for k in range(1, 33) if i + k >= len(values) or values[i + k] != values[i]), 33)
+        widths = [(3, 31, 48), (4, 79, 103), (5, 182, 40)] if width is None else [width]
+        options = []
+        for bits, base, longest in widths if i else []:
+            top, n = 1 << (bits - 1), 0
+            while n < longest and i + n < len(values) and -top < values[i + n] - values[i + n - 1] <= top:
+                n += 1
+            options.append((n / (1 + -(-n * bits // 8)), bits, base, n))
+        efficiency, bits, base, n = max(options, default=(0, 0, 0, 0))
+        if run / 3 > max(efficiency, 1 / 3):
+            out += bytes([222 + run]) + struct.pack(order + "H", values[i])
+            i, n = i + run, 0
+            used.add("repeat")
+        elif n:
+            steps = [values[i + k] - values[i + k - 1] for k in range(n)]
+            out += bytes([base + n]) + packed([d if d >= 0 else (1 << bits - 1) - d for d in steps], bits)
+            i += n
+            used.add(bits)
+        else:
+            n = min(3, len(values) - i)
+            out += bytes([n - 1]) + struct.pack(f"{order}{n}H", *values[i : i + n])
+            i += n
+            used.add("literal")
+    return bytes(out), used
+
+
+def walk_of_steps(widest, seed=0, shape=(6, 40, 50)):
+    """Values that rise and fall by up to `widest`, with plateaus and jumps, also over the 16-bit border."""
+    rng = np.random.default_rng(seed)
+    steps = rng.integers(-widest + 1, widest + 1, np.prod(shape))
+    steps[rng.random(steps.size) < 0.02] = 3000
+    for start in rng.integers(0, steps.size, 40):
+        steps[start : start + 60] = 0
+    return (np.cumsum(steps) % 65536).reshape(shape)
+
+
+def test_the_real_v3dpbd_equals_its_expected_stack(shared):
+    folder = shared / "data/vaa3d"
+    read = read_volume(folder / "smalltest.v3dpbd")
+    assert (read.voxels == tifffile.imread(folder / "smalltest_expected.tif")).all()
+    assert read.spacing_um is None
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(
+    "widest, width", [(4, (3, 31, 48)), (8, (4, 79, 103)), (16, (5, 182, 40)), (16, None)]
+)
+def test_16bit_v3dpbd_differences_of_every_width_and_sign_are_undone(tmp_path, widest, width, order):
+    values = walk_of_steps(widest)
+    stream, used = encode_16bit(values.ravel().tolist(), order, width)
+    assert used >= {"literal", "repeat", width[0] if width else 5}
+    path = vaa3d(tmp_path / "a.v3dpbd", PBD, 2, (1, *values.shape), stream, order)
+    read = read_volume(path).voxels
+    assert read.dtype == np.uint16
+    assert (read == values).all()
+
+
+def test_16bit_differences_decode_as_worked_out_by_hand(tmp_path):
+    # 1000, then +4 -1 -3 by three bits (100 101 111), +8 -7 by four (1000 1111), +16 -15 by five, two repeats
+    stream = bytes([0, 0xE8, 0x03, 34, 0b10010111, 0b10000000, 81, 0b10001111, 184, 0b10000111, 0b11000000])
+    stream += bytes([224, 7, 0])
+    path = vaa3d(tmp_path / "a.v3dpbd", PBD, 2, (1, 2, 1, 5), stream)
+    assert read_volume(path).voxels.ravel().tolist() == [1000, 1004, 1003, 1000, 1008, 1001, 1017, 1002, 7, 7]
+
+
+def test_8bit_differences_decode_as_worked_out_by_hand(tmp_path):
+    # literals 10 20, five differences +1 +2 -1 0 | -1 from the lowest bits up, 200 three times
+    stream = bytes([1, 10, 20, 37, 0b00111001, 0b11, 130, 200])
+    path = vaa3d(tmp_path / "a.v3dpbd", PBD, 1, (1, 2, 1, 5), stream)
+    assert read_volume(path).voxels.ravel().tolist() == [10, 20, 21, 23, 22, 22, 21, 200, 200, 200]
+
+
+def test_a_v3dpbd_longer_than_one_batch_of_packets_carries_its_last_voxel_over(tmp_path):
+    stream = bytes([0, 100]) + bytes([33, 0b01, 33, 0b11]) * 20000
+    path = vaa3d(tmp_path / "a.v3dpbd", PBD, 1, (1, 40001, 1, 1), stream)
+    assert (read_volume(path).voxels.ravel() == [100, *[101, 100] * 20000]).all()
+
+
+@pytest.mark.slow
+def test_a_50_megabyte_v3dpbd_is_read_within_ten_seconds(tmp_path, shared):
+    stream = (shared / "data/vaa3d/smalltest.v3dpbd").read_bytes()[43:]
+    path = vaa3d(tmp_path / "a.v3dpbd", PBD, 1, (1, 5 * 41, 512, 512), stream * 5)
+    start = time.perf_counter()
+    read_volume(path)
+    assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("datatype, dtype", [(1, "u1"), (2, "u2"), (4, "f4")])
+def test_v3draw_is_read_x_fastest_channel_slowest(tmp_path, order, datatype, dtype):
+    voxels = noise((2, 5, 4, 3), order + dtype)
+    path = vaa3d(tmp_path / "a.v3draw", RAW, datatype, voxels.shape, voxels.tobytes(), order)
+    with pytest.raises(ValueError, match="2 channels"):
+        read_volume(path)
+    read = read_volume(path, channel=1, spacing_um=SPACING)
+    assert read.voxels.dtype == np.dtype(dtype)
+    assert (read.voxels == voxels[1]).all()
+    assert read.spacing_um == SPACING
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_v3draw_of_the_wrong_size_is_refused(tmp_path, change):
+    body = bytes(60 + change)
+    path = vaa3d(tmp_path / "a.v3draw", RAW, 1, (1, 5, 4, 3), body)
+    with pytest.raises(ValueError, match=rf"103 bytes, but has {103 + change}"):
+        read_volume(path)
+
+
+def test_a_v3dpbd_that_is_truncated_anywhere_is_refused(tmp_path):
+    values = walk_of_steps(16, shape=(2, 10, 10))
+    stream, _ = encode_16bit(values.ravel().tolist())
+    for length in range(len(stream)):
+        path = vaa3d(tmp_path / "a.v3dpbd", PBD, 2, (1, *values.shape), stream[:length])
+        with pytest.raises(ValueError, match="200 voxels, but its compressed stream ends before"):
+            read_volume(path)
+
+
+@pytest.mark.parametrize("extra", [bytes([128, 7]), bytes([0, 5]), bytes([33, 0]), bytes([32])])
+def test_a_v3dpbd_that_holds_more_than_it_declares_is_refused(tmp_path, extra):
+    path = vaa3d(tmp_path / "a.v3dpbd", PBD, 1, (1, 2, 1, 5), bytes([137, 9]) + extra)
+    with pytest.raises(ValueError, match="10 voxels, but its compressed stream holds more"):
+        read_volume(path)
+
+
+def test_vaa3d_headers_that_cannot_be_true_are_refused(tmp_path):
+    path = tmp_path / "a.v3dpbd"
+    with pytest.raises(ValueError, match=r"datatype 33 \(lossy 3-bit"):
+        read_volume(vaa3d(path, PBD, 33, (1, 5, 4, 3), b""))
+    with pytest.raises(ValueError, match="datatype 4"):
+        read_volume(vaa3d(path, PBD, 4, (1, 5, 4, 3), b""))
+    with pytest.raises(ValueError, match="must be positive"):
+        read_volume(vaa3d(path, PBD, 1, (1, 5, -4, 3), b""))
+    with pytest.raises(ValueError, match="2D image"):
+        read_volume(vaa3d(path, PBD, 1, (1, 1, 4, 3), b""))
+    with pytest.raises(ValueError, match="memory are free"):
+        read_volume(vaa3d(path, PBD, 1, (1, 1 << 20, 1 << 20, 1 << 20), b"\0\0"))
+    with pytest.raises(ValueError, match="does not begin with"):
+        read_volume(vaa3d(path, b"v3d_stack_pkbit_by_gene1", 1, (1, 5, 4, 3), b""))
+    path.write_bytes(PBD + b"L")
+    with pytest.raises(ValueError, match="does not begin with"):
+        read_volume(path)
