@@ -1,0 +1,140 @@
+"""NeuronTree -> the mask a network learns: neurite, background, and what nobody should judge."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from scipy import ndimage
+
+from .tree import NeuronTree
+
+IGNORED = -100
+_PAIRS_PER_CHUNK = 2_000_000  # (point, voxel) pairs held at once: about 100 MB
+
+
+def paint(
+    tree: NeuronTree,
+    shape: tuple[int, int, int],
+    *,
+    min_radius_vox: float = 0.0,
+    max_radius_vox: float = np.inf,
+) -> np.ndarray:
+    """(Z, Y, X) bool: the voxels whose centre lies in a ball that rolls along the tree's edges.
+
+    Radii run linearly along each edge. Balls are round in um where the tree knows its spacing, else round
+    in voxels. Radii are cut to at most `max_radius_vox` x-voxels; then no ball is thinner than
+    `min_radius_vox` voxels along any axis, so a neurite keeps its slices in a stack of coarse z. The voxel
+    nearest to the tree is always painted: a neurite thinner than a voxel never breaks. Parts outside `shape`
+    are left out.
+
+    ValueError: the tree is neither in voxels nor knows its spacing.
+    """
+    points, radii = sample_balls(in_voxels(tree), step_vox=0.5)
+    semi_axes = _semi_axes(radii, tree.spacing_um, min_radius_vox, max_radius_vox)
+    mask = np.zeros(shape, bool)
+    nearest = np.rint(points).astype(int)
+    mask[tuple(nearest[_inside(nearest, shape)].T)] = True
+    for voxels, _, distances in voxels_near(points, semi_axes, shape):
+        mask.ravel()[voxels[distances <= 1]] = True
+    return mask
+
+
+def training_labels(
+    tree: NeuronTree,
+    shape: tuple[int, int, int],
+    *,
+    min_radius_vox: float = 1.0,
+    max_radius_vox: float = 2.5,
+    ignore_vox: float = 1.0,
+    untraced: np.ndarray | None = None,
+) -> np.ndarray:
+    """(Z, Y, X) int8: 1 neurite, 0 background, -100 ignored by the loss.
+
+    The neurite has radii between `min_radius_vox` and `max_radius_vox`. Ignored are what a thicker neurite or
+    a soma has beyond, a rim of `ignore_vox` voxels around it all (no gold knows the border that well), and
+    `untraced`, (Z, Y, X) bool: bright structure that no gold covers.
+    """
+    neurite = paint(tree, shape, min_radius_vox=min_radius_vox, max_radius_vox=max_radius_vox)
+    whole = paint(tree, shape, min_radius_vox=min_radius_vox)
+    labels = np.zeros(shape, np.int8)
+    if untraced is not None:
+        if untraced.shape != tuple(shape):
+            raise ValueError(f"`untraced` must have the labels' shape {tuple(shape)}, got {untraced.shape}.")
+        labels[untraced] = IGNORED
+    labels[ndimage.binary_dilation(whole, _ball(ignore_vox))] = IGNORED
+    labels[neurite] = 1
+    return labels
+
+
+def in_voxels(tree: NeuronTree) -> NeuronTree:
+    """The tree in voxels by its own spacing. ValueError: it is neither in voxels nor knows its spacing."""
+    return tree if tree.unit == "voxel" else tree.to("voxel")
+
+
+def sample_balls(tree: NeuronTree, step_vox: float) -> tuple[np.ndarray, np.ndarray]:
+    """Points (M, 3) and radii (M,) along a tree in voxels, at most `step_vox` x-voxels apart."""
+    rows, fraction = sample_edges(tree, step_vox)
+    parents = np.where(tree.parents[rows] < 0, rows, tree.parents[rows])
+    points = tree.points[rows] + fraction[:, None] * (tree.points[parents] - tree.points[rows])
+    return points, tree.radii[rows] + fraction * (tree.radii[parents] - tree.radii[rows])
+
+
+def sample_edges(tree: NeuronTree, step_vox: float) -> tuple[np.ndarray, np.ndarray]:
+    """(M,) rows and (M,) fractions of the way from each row to its parent; a root stands for itself, once."""
+    ends = tree.points[np.where(tree.parents < 0, np.arange(len(tree)), tree.parents)]
+    lengths = np.linalg.norm((tree.points - ends) * _x_voxels(tree.spacing_um), axis=1)
+    counts = np.maximum(np.ceil(lengths / step_vox), 1).astype(int)
+    rows = np.repeat(np.arange(len(tree)), counts)
+    nth = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return rows, nth / np.repeat(counts, counts)
+
+
+def voxels_near(
+    points: np.ndarray, semi_axes: np.ndarray, shape: tuple[int, int, int]
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Pairs of a voxel and an ellipsoid near it, in chunks of (flat voxel index, row of the point, distance).
+
+    points, semi_axes: (M, 3) in voxels. The distance is 1 on the surface; every voxel inside is met.
+    """
+    nearest = np.rint(points).astype(int)
+    reach = np.floor(semi_axes + 0.5).astype(int)  # the centre is at most half a voxel from its nearest voxel
+    touches = ((nearest + reach >= 0) & (nearest - reach < shape)).all(axis=1)
+    rows_left = np.flatnonzero(touches)
+    boxes, box_of = np.unique(reach[rows_left], axis=0, return_inverse=True)
+    for number, box in enumerate(boxes):
+        offsets = np.argwhere(np.ones(2 * box + 1)) - box
+        rows = rows_left[box_of.ravel() == number]
+        for part in np.array_split(rows, 1 + len(rows) * len(offsets) // _PAIRS_PER_CHUNK):
+            yield _pairs(points[part], semi_axes[part], nearest[part], offsets, part, shape)
+
+
+def _pairs(points, semi_axes, nearest, offsets, rows, shape):
+    size = np.maximum(semi_axes, 1e-6)
+    squared = np.zeros((len(rows), len(offsets)), np.float32)
+    index = np.zeros((len(rows), len(offsets)), np.int64)
+    inside = np.ones((len(rows), len(offsets)), bool)
+    for axis in range(3):
+        voxel = nearest[:, axis, None] + offsets[None, :, axis]
+        squared += (((voxel - points[:, axis, None]) / size[:, axis, None]) ** 2).astype(np.float32)
+        inside &= (voxel >= 0) & (voxel < shape[axis])
+        index = index * shape[axis] + voxel
+    return index[inside], np.broadcast_to(rows[:, None], inside.shape)[inside], np.sqrt(squared[inside])
+
+
+def _semi_axes(radii: np.ndarray, spacing_um, min_radius_vox: float, max_radius_vox: float) -> np.ndarray:
+    round_in_um = np.minimum(radii, max_radius_vox)[:, None] / _x_voxels(spacing_um)
+    return np.maximum(round_in_um, min_radius_vox)
+
+
+def _x_voxels(spacing_um) -> np.ndarray:
+    """Voxel size (z, y, x) in x-voxels; ones where the spacing is unknown."""
+    return np.ones(3) if spacing_um is None else np.array(spacing_um) / spacing_um[2]
+
+
+def _inside(voxels: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    return ((voxels >= 0) & (voxels < shape)).all(axis=1)
+
+
+def _ball(radius_vox: float) -> np.ndarray:
+    reach = int(radius_vox)
+    z, y, x = np.ogrid[-reach : reach + 1, -reach : reach + 1, -reach : reach + 1]
+    return z**2 + y**2 + x**2 <= radius_vox**2
