@@ -1,0 +1,103 @@
+"""Stack -> normalised tensor with its token mask; logits -> probability."""
+
+import numpy as np
+from transformers.image_processing_base import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+
+from .intensity_vit3d import IntensityStatistics, foreground, measure, normalize, occupied_patches
+
+
+class ViT3DImageProcessor(BaseImageProcessor):
+    r"""Prepares grey stacks, (depth, height, width), for [`ViT3DForNeuronSegmentation`].
+
+    Intensity statistics belong to a whole volume. Called on a crop, pass the `statistics` that `measure` gave for
+    the volume it was cut from; without them the crop counts as the volume.
+
+    Args:
+        volume_size: the window the network was trained on.
+        patch_size: extent of one token; stacks are padded to a multiple of it by repeating their border.
+        image_mean, image_std: grey statistics the 2D source expects.
+        polarity: `"auto"`, `"bright"` (fluorescence) or `"dark"` (brightfield) neurites.
+    """
+
+    model_input_names = ["pixel_values", "token_mask"]  # noqa: RUF012 (read by transformers as it is)
+
+    def __init__(
+        self,
+        volume_size=(16, 112, 112),
+        patch_size=(4, 8, 8),
+        image_mean: float = 0.449,
+        image_std: float = 0.226,
+        polarity: str = "auto",
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.volume_size = tuple(volume_size)
+        self.patch_size = tuple(patch_size)
+        self.image_mean = image_mean
+        self.image_std = image_std
+        self.polarity = polarity
+
+    @classmethod
+    def from_config(cls, config, **kwargs) -> "ViT3DImageProcessor":
+        """The processor that fits a network's config."""
+        names = ("volume_size", "patch_size", "image_mean", "image_std")
+        return cls(**{name: getattr(config, name) for name in names}, **kwargs)
+
+    def measure(self, voxels) -> IntensityStatistics:
+        """Background, noise, bright level and polarity of a whole volume."""
+        return measure(voxels, self.polarity)
+
+    def pixel_values(self, voxels, statistics: IntensityStatistics) -> np.ndarray:
+        """Any box of the volume, float32, as the 2D source saw its photographs."""
+        return (normalize(voxels, statistics) - np.float32(self.image_mean)) / np.float32(self.image_std)
+
+    def foreground(self, voxels, statistics: IntensityStatistics) -> np.ndarray:
+        """Voxels that may belong to a neurite; see `occupied_patches` for the tokens this keeps."""
+        return foreground(voxels, statistics)
+
+    def token_mask(self, mask: np.ndarray) -> np.ndarray:
+        """(depth, height, width) bool -> (grid_depth, grid_height, grid_width) bool."""
+        return occupied_patches(mask, self.patch_size)
+
+    def preprocess(
+        self,
+        images,
+        segmentation_maps=None,
+        statistics: IntensityStatistics | None = None,
+        return_tensors=None,
+    ) -> BatchFeature:
+        """One stack or a list of equally large ones -> `pixel_values` (batch, 1, Z, Y, X), `token_mask`, `labels`."""
+        stacks = _as_stacks(images)
+        pads = [[(0, -size % patch) for size, patch in zip(s.shape, self.patch_size, strict=True)] for s in stacks]
+        stacks = [np.pad(stack, pad, mode="edge") for stack, pad in zip(stacks, pads, strict=True)]
+        measured = [statistics or self.measure(stack) for stack in stacks]
+        pairs = list(zip(stacks, measured, strict=True))
+        data = {
+            "pixel_values": np.stack([self.pixel_values(*pair) for pair in pairs])[:, None],
+            "token_mask": np.stack([self.token_mask(self.foreground(*pair)) for pair in pairs]),
+        }
+        if segmentation_maps is not None:
+            maps = zip(_as_stacks(segmentation_maps), pads, strict=True)
+            data["labels"] = np.stack([np.pad(labels, pad, constant_values=-100) for labels, pad in maps])
+            data["labels"] = data["labels"].astype(np.int64)
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+    def post_process_semantic_segmentation(self, outputs, target_sizes=None, threshold: float = 0.5) -> list:
+        """Logits -> one bool mask (depth, height, width) per stack, cut back to `target_sizes` where given."""
+        masks = outputs.logits[:, 0].sigmoid() > threshold
+        sizes = target_sizes if target_sizes is not None else [mask.shape for mask in masks]
+        return [mask[tuple(slice(0, n) for n in size)] for mask, size in zip(masks, sizes, strict=True)]
+
+
+def _as_stacks(images) -> list[np.ndarray]:
+    """One stack, a batch array or a list of stacks -> list of (depth, height, width) arrays."""
+    if isinstance(images, (list, tuple)):
+        stacks = [np.asarray(image) for image in images]
+    else:
+        array = np.asarray(images)
+        stacks = [array] if array.ndim == 3 else list(array)
+    shapes = {stack.shape for stack in stacks}
+    if len(shapes) != 1 or any(len(shape) != 3 for shape in shapes):
+        raise ValueError(f"A batch needs stacks of one shape (depth, height, width), got {sorted(shapes)}.")
+    return stacks

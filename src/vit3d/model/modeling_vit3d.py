@@ -1,0 +1,486 @@
+"""The network: a Vision Transformer over 3D patches, and a head in which every token paints its own patch."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import AutoConfig, PreTrainedModel, ViTModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, SemanticSegmenterOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_vit3d import ViT3DConfig
+from .inflation_vit3d import STRATEGIES, inflate_state
+
+BACKGROUND_LOGIT = -10.0  # painted where a patch was left out
+HALO = 2  # voxels that the head's two 3x3x3 convolutions look beyond a patch
+IGNORE_LABEL = -100
+
+
+def to_patches(volume: torch.Tensor, patch_size: tuple[int, int, int]) -> torch.Tensor:
+    """(batch, channels, depth, height, width) -> (batch, num_patches, channels * voxels of a patch), x fastest."""
+    for axis, patch in zip((2, 4, 6), patch_size, strict=True):
+        volume = volume.unflatten(axis, (-1, patch))
+    # (batch, channels, gz, pz, gy, py, gx, px) -> (batch, gz, gy, gx, channels, pz, py, px)
+    return volume.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+
+
+def from_patches(patches: torch.Tensor, grid_size: tuple[int, int, int], patch_size) -> torch.Tensor:
+    """(batch, num_patches, channels * voxels of a patch) -> (batch, channels, depth, height, width)."""
+    volume = patches.unflatten(2, (-1, *patch_size)).unflatten(1, grid_size)
+    # (batch, gz, gy, gx, channels, pz, py, px) -> (batch, channels, gz, pz, gy, py, gx, px)
+    volume = volume.permute(0, 4, 1, 5, 2, 6, 3, 7)
+    return volume.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def pack_tokens(token_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(batch, num_patches) bool -> indices of the kept patches, padded to the longest row, and which are real."""
+    longest = max(1, int(token_mask.sum(1).max()))
+    indices = token_mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
+    return indices, token_mask.gather(1, indices)
+
+
+class ViT3DEmbeddings(nn.Module):
+    """Class token, patch tokens, and their positions: the 2D table plus a depth embedding."""
+
+    def __init__(self, config: ViT3DConfig):
+        super().__init__()
+        self.config = config
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.patch_embeddings = ViT3DPatchEmbeddings(config)
+        rows, columns = config.position_grid
+        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + rows * columns, config.hidden_size))
+        self.depth_embeddings = nn.Parameter(torch.zeros(1, config.grid_size[0], config.hidden_size))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def positions(self, grid_size: tuple[int, int, int]) -> torch.Tensor:
+        """(1, num_patches, hidden) for the actual grid: the 2D table resized, plus depth, resized."""
+        depth, rows, columns = grid_size
+        table = self.position_embeddings[:, 1:].unflatten(1, self.config.position_grid).permute(0, 3, 1, 2)
+        if (rows, columns) != tuple(table.shape[2:]):
+            table = functional.interpolate(table.float(), (rows, columns), mode="bicubic", align_corners=False)
+        column = self.depth_embeddings.transpose(1, 2)
+        if depth != column.shape[2]:
+            column = functional.interpolate(column.float(), depth, mode="linear", align_corners=False)
+        # (1, hidden, 1, rows, columns) + (1, hidden, depth, 1, 1) -> (1, depth * rows * columns, hidden)
+        positions = table.unsqueeze(2) + column[..., None, None]
+        return positions.flatten(2).transpose(1, 2).to(self.position_embeddings.dtype)
+
+    def forward(self, pixel_values: torch.Tensor, indices: torch.Tensor | None = None) -> torch.Tensor:
+        """(batch, channels, depth, height, width) -> (batch, 1 + kept patches, hidden)."""
+        patches = to_patches(pixel_values, self.config.patch_size)
+        grid_size = tuple(n // p for n, p in zip(pixel_values.shape[2:], self.config.patch_size, strict=True))
+        positions = self.positions(grid_size)
+        if indices is not None:
+            patches = patches.gather(1, indices.unsqueeze(2).expand(-1, -1, patches.shape[2]))
+            positions = positions[0][indices]
+        tokens = self.patch_embeddings(patches) + positions
+        class_token = (self.cls_token + self.position_embeddings[:, :1]).expand(len(tokens), -1, -1)
+        return self.dropout(torch.cat([class_token, tokens], dim=1))
+
+
+class ViT3DPatchEmbeddings(nn.Module):
+    """A Conv3d with kernel = stride = patch, applied as one matrix product to the patches that are kept."""
+
+    def __init__(self, config: ViT3DConfig):
+        super().__init__()
+        self.projection = nn.Conv3d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """(batch, patches, channels * voxels) -> (batch, patches, hidden)."""
+        return functional.linear(patches, self.projection.weight.flatten(1), self.projection.bias)
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention spelled out, for `attn_implementation="eager"` and `output_attentions=True`."""
+    weights = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = weights.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = functional.dropout(weights, p=dropout, training=module.training)
+    # (batch, heads, tokens, head_dim) -> (batch, tokens, heads, head_dim)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class ViT3DAttention(nn.Module):
+    def __init__(self, config: ViT3DConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def heads(projected: torch.Tensor) -> torch.Tensor:
+            # (batch, tokens, hidden) -> (batch, heads, tokens, head_dim)
+            return projected.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        context, weights = attend(
+            self,
+            heads(self.q_proj(hidden_states)),
+            heads(self.k_proj(hidden_states)),
+            heads(self.v_proj(hidden_states)),
+            attention_mask,
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        # (batch, tokens, heads, head_dim) -> (batch, tokens, hidden)
+        return self.o_proj(context.flatten(2)), weights
+
+
+class ViT3DMLP(nn.Module):
+    def __init__(self, config: ViT3DConfig):
+        super().__init__()
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+
+
+class ViT3DLayer(GradientCheckpointingLayer):
+    def __init__(self, config: ViT3DConfig):
+        super().__init__()
+        self.attention = ViT3DAttention(config)
+        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = ViT3DMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
+
+
+class ViT3DPreTrainedModel(PreTrainedModel):
+    config: ViT3DConfig
+    base_model_prefix = "vit3d"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ViT3DEmbeddings", "ViT3DLayer"]  # noqa: RUF012 (read by transformers as it is)
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": ViT3DLayer, "attentions": ViT3DAttention}  # noqa: RUF012
+    _input_embed_layer = "patch_embeddings"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, ViT3DEmbeddings):
+            init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
+            init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
+            init.zeros_(module.depth_embeddings)
+        elif isinstance(module, ViT3DPatchEmbeddings):
+            init.trunc_normal_(module.projection.weight, std=self.config.initializer_range)
+        elif isinstance(module, ViT3DHead):
+            for conv in (module.stem, module.mix):
+                init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            init.constant_(module.classifier.bias, -3.0)  # neurites are rare
+
+
+class ViT3DModel(ViT3DPreTrainedModel):
+    """The encoder: stack -> one token per kept patch, with the class token first."""
+
+    def __init__(self, config: ViT3DConfig):
+        super().__init__(config)
+        self.embeddings = ViT3DEmbeddings(config)
+        self.layers = nn.ModuleList([ViT3DLayer(config) for _ in range(config.num_hidden_layers)])
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        token_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
+        r"""
+        Args:
+            pixel_values: (batch, channels, depth, height, width), every size a multiple of the patch.
+            token_mask: bool (batch, grid_depth, grid_height, grid_width), False = leave this patch out; `None` is
+                dense. Kept patches come first in `last_hidden_state`, in raster order, padded to the longest row
+                (`pack_tokens` gives their indices).
+        """
+        check_input(pixel_values, token_mask, self.config)
+        pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
+        indices = attention_mask = None
+        if token_mask is not None:
+            indices, real = pack_tokens(token_mask.flatten(1))
+            attention_mask = functional.pad(real, (1, 0), value=True)
+        hidden_states = self.embeddings(pixel_values, indices)
+        attention_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.layernorm(hidden_states))
+
+
+class ViT3DHead(nn.Module):
+    """Every token paints its patch; two small convolutions join that with the raw image.
+
+    Context reaches a voxel only through its tokens: the stem and the mixing convolution see `HALO` voxels.
+    """
+
+    def __init__(self, config: ViT3DConfig):
+        super().__init__()
+        self.config = config
+        channels = config.head_channels
+        fused = len(config.fused_layers) * config.hidden_size
+        self.layernorm = nn.LayerNorm(fused, eps=config.layer_norm_eps)
+        self.painter = nn.Linear(fused, channels * math.prod(config.painted_size))
+        self.stem = nn.Conv3d(config.num_channels, channels, kernel_size=3)
+        self.mix = nn.Conv3d(2 * channels, 2 * channels, kernel_size=3)
+        self.classifier = nn.Conv3d(2 * channels, config.num_labels, kernel_size=1)
+
+    def forward(
+        self, tokens: torch.Tensor, pixel_values: torch.Tensor, token_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Fused tokens (batch, kept patches, fused) -> logits (batch, labels, depth, height, width), fp32."""
+        grid_size = tuple(n // p for n, p in zip(pixel_values.shape[2:], self.config.patch_size, strict=True))
+        painted = self.painter(self.layernorm(tokens))
+        raw = self._with_halo(pixel_values)
+        if token_mask is None:
+            painted = from_patches(painted, grid_size, self.config.painted_size)
+            return self._join(functional.pad(painted, (1,) * 6), raw).float()
+        indices, real = pack_tokens(token_mask.flatten(1))
+        rows = torch.arange(len(indices), device=indices.device).unsqueeze(1).expand_as(indices)
+        kept = torch.stack([rows[real], *torch.unravel_index(indices[real], grid_size)])
+        painted = self._painted_windows(painted[real], kept, (len(tokens), *grid_size))
+        patches = self._join(painted, self._raw_windows(raw, kept)).flatten(1).float()
+        logits = patches.new_full((len(tokens), math.prod(grid_size), patches.shape[1]), BACKGROUND_LOGIT)
+        logits[rows[real], indices[real]] = patches
+        return from_patches(logits, grid_size, self.config.painted_size)
+
+    def _with_halo(self, raw: torch.Tensor) -> torch.Tensor:
+        """The stack, its border repeated `HALO` times; with `center_slice` only what the centre slice's halo needs."""
+        raw = functional.pad(raw, (HALO,) * 6, mode="replicate")
+        if self.config.prediction != "center_slice":
+            return raw
+        centre = self.config.patch_size[0] // 2
+        return raw[:, :, centre : centre + 2 * HALO + 1]
+
+    def _raw_windows(self, raw: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """Raw voxels of the kept patches with their halo: (patches, channels, pz + 4, py + 4, px + 4)."""
+        row, *corner = kept
+        axes = []
+        for axis, (position, size) in enumerate(zip(corner, self.config.painted_size, strict=True)):
+            voxels = position[:, None] * size + torch.arange(size + 2 * HALO, device=raw.device)
+            axes.append(voxels.view(len(voxels), *[-1 if a == axis else 1 for a in range(3)]))
+        return raw.movedim(1, -1)[row.view(-1, 1, 1, 1), axes[0], axes[1], axes[2]].movedim(-1, 1)
+
+    def _painted_windows(self, painted: torch.Tensor, kept: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
+        """Painted features of the kept patches with a halo of 1 from their neighbours, zero where none was kept.
+
+        painted (patches, channels * voxels) -> (patches, channels, pz + 2, py + 2, px + 2); the work follows the
+        kept patches, not the window.
+        """
+        size = self.config.painted_size
+        row, z, y, x = (index.view(-1, 1, 1, 1) for index in kept)
+        # where a kept patch lies in `painted`; one past its end = nothing painted there
+        table = torch.full([grid[0], *(n + 2 for n in grid[1:])], len(painted), device=painted.device)
+        table[row, z + 1, y + 1, x + 1] = torch.arange(len(painted), device=painted.device).view(-1, 1, 1, 1)
+        spans = [torch.arange(-1, n + 1, device=painted.device) for n in size]
+        grids = torch.meshgrid(*spans, indexing="ij")
+        oz, oy, ox = (g.div(n, rounding_mode="floor") + 1 for g, n in zip(grids, size, strict=True))
+        dz, dy, dx = (g % n for g, n in zip(grids, size, strict=True))
+        voxels = math.prod(size)
+        index = table[row, z + oz, y + oy, x + ox] * voxels + (dz * size[1] + dy) * size[2] + dx
+        # (patches, channels * voxels) -> (patches * voxels, channels), then rows of zeros for what is not painted
+        rows = painted.unflatten(1, (-1, voxels)).transpose(1, 2).flatten(0, 1)
+        return functional.embedding(index, functional.pad(rows, (0, 0, 0, voxels))).movedim(-1, 1)
+
+    def _join(self, painted: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
+        """Painted features with a halo of 1 and raw voxels with a halo of 2 -> logits without halo."""
+        features = torch.cat([painted, functional.gelu(self.stem(raw))], dim=1)
+        return self.classifier(functional.gelu(self.mix(features)))
+
+
+class ViT3DForNeuronSegmentation(ViT3DPreTrainedModel):
+    """Stack -> one logit per voxel that it belongs to a neurite (sigmoid gives the probability)."""
+
+    def __init__(self, config: ViT3DConfig):
+        super().__init__(config)
+        self.vit3d = ViT3DModel(config)
+        self.head = ViT3DHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        token_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SemanticSegmenterOutput:
+        r"""
+        Args:
+            pixel_values: (batch, channels, depth, height, width), every size a multiple of the patch.
+            token_mask: bool (batch, grid_depth, grid_height, grid_width), False = leave this patch out and paint
+                it as background; `None` is dense. The image processor selects, this method never does.
+            labels: (batch, depth, height, width), 1 neurite, 0 background, -100 ignored; depth 1 with
+                `prediction="center_slice"`.
+
+        Logits are fp32, (batch, num_labels, depth, height, width), in any weight dtype.
+        """
+        outputs = self.vit3d(pixel_values, token_mask, output_hidden_states=True, **kwargs)
+        # hidden_states[0] is the embedding, [i] the output of layer i
+        fused = torch.cat([outputs.hidden_states[depth] for depth in self.config.fused_layers], dim=-1)
+        pixel_values = pixel_values.to(fused.dtype)
+        logits = self.head(fused[:, 1:], pixel_values, token_mask)
+        loss = segmentation_loss(logits, labels) if labels is not None else None
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return SemanticSegmenterOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states if wanted else None,
+            attentions=outputs.attentions,
+        )
+
+    @classmethod
+    def from_2d_pretrained(
+        cls,
+        source: str,
+        strategy: str = "center",
+        patch_size: tuple[int, int, int] = (4, 8, 8),
+        channel_reduction: str = "sum",
+        **config_overrides,
+    ) -> "ViT3DForNeuronSegmentation":
+        """Start from a 2D ViT: every encoder tensor is inherited, depth embedding and head are new.
+
+        Args:
+            source: Hub id or folder of a `ViTModel` checkpoint (DINO, DeiT, ViT), e.g. `"facebook/dino-vitb16"`.
+            strategy: `"center"` (the 2D kernel at depth `pz // 2`), `"average"` (spread over the depth), or
+                `"random"`: the same architecture with nothing inherited, the control of every comparison.
+            patch_size: (pz, py, px); py and px must divide the source's patch. Smaller patches see the stack as
+                the 2D network sees an enlarged image.
+            channel_reduction: `"sum"` answers grey as the source answers its RGB copy; `"mean"` a third of that.
+            config_overrides: any field of `ViT3DConfig`.
+        """
+        if strategy not in STRATEGIES:
+            raise ValueError(f"`strategy` must be one of {STRATEGIES}, got {strategy!r}.")
+        source_config = _vit_config(source)
+        config = _inflated_config(source, source_config, patch_size, config_overrides)
+        model = cls(config)
+        if strategy == "random":
+            return model
+        encoder, report = ViTModel.from_pretrained(
+            source, add_pooling_layer=False, dtype=torch.float32, output_loading_info=True
+        )
+        if report["missing_keys"]:
+            raise ValueError(f"`source` {source!r} lacks weights of a ViT: {sorted(report['missing_keys'])}.")
+        state = inflate_state(encoder.state_dict(), model.vit3d.state_dict(), strategy, channel_reduction)
+        model.vit3d.load_state_dict(state)
+        return model
+
+
+def segmentation_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Dice + binary cross-entropy over the voxels whose label is not -100; 0 when there are none.
+
+    logits (batch, 1, depth, height, width), labels (batch, depth, height, width). Dice is taken over the whole
+    batch: a crop without neurite has none of its own.
+    """
+    logits = logits[:, 0].float()
+    known = labels != IGNORE_LABEL
+    logits, target = logits[known], labels[known].float()
+    if target.numel() == 0:
+        return logits.sum()
+    entropy = functional.binary_cross_entropy_with_logits(logits, target)
+    probability = logits.sigmoid()
+    overlap = (probability * target).sum()
+    dice = 1 - (2 * overlap + 1) / (probability.sum() + target.sum() + 1)
+    return entropy + dice
+
+
+def check_input(pixel_values: torch.Tensor, token_mask: torch.Tensor | None, config: ViT3DConfig) -> None:
+    """Refuse what would otherwise fail deep inside, or worse, not at all."""
+    shape = tuple(pixel_values.shape)
+    if pixel_values.ndim != 5 or shape[1] != config.num_channels:
+        raise ValueError(
+            f"`pixel_values` must be (batch, {config.num_channels} channels, depth, height, width), got {shape}."
+        )
+    if any(size == 0 or size % patch for size, patch in zip(shape[2:], config.patch_size, strict=True)):
+        raise ValueError(f"`pixel_values` of {shape[2:]} voxels must be a multiple of the patch {config.patch_size}.")
+    if config.prediction == "center_slice" and shape[2] != config.patch_size[0]:
+        raise ValueError(f"A centre slice is predicted from {config.patch_size[0]} slices, got {shape[2]}.")
+    grid = tuple(size // patch for size, patch in zip(shape[2:], config.patch_size, strict=True))
+    if token_mask is not None and tuple(token_mask.shape) != (shape[0], *grid):
+        raise ValueError(f"`token_mask` must be (batch, *grid) = {(shape[0], *grid)}, got {tuple(token_mask.shape)}.")
+
+
+def _vit_config(source: str):
+    """The 2D source's config, or a sentence saying why it is none."""
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`source` {source!r} is neither a folder with a 2D ViT nor a model that the Hub gives out now."
+        ) from error
+    if config.model_type != "vit":
+        raise ValueError(
+            f"`source` {source!r} is a {config.model_type!r} model, not a 'vit' (such as facebook/dino-vitb16 or "
+            "facebook/deit-tiny-patch16-224)."
+        )
+    return config
+
+
+def _inflated_config(source: str, vit, patch_size, overrides: dict) -> ViT3DConfig:
+    """The 3D config that fits a 2D source: its architecture, its input statistics, its position table."""
+    shared = (
+        "hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act hidden_dropout_prob "
+        "attention_probs_dropout_prob initializer_range layer_norm_eps qkv_bias"
+    )
+    fields = {name: getattr(vit, name) for name in shared.split()}
+    fields["position_grid"] = tuple(n // p for n, p in zip(_pair(vit.image_size), _pair(vit.patch_size), strict=True))
+    layers = vit.num_hidden_layers
+    fields["fused_layers"] = tuple(sorted({max(1, round(layers * k / 4)) for k in (1, 2, 3, 4)}))
+    try:
+        processor, _ = ImageProcessingMixin.get_image_processor_dict(source)
+    except OSError:
+        processor = {}  # a bare checkpoint: the config's defaults are ImageNet's, which DINO and DeiT use
+    for name in ("image_mean", "image_std"):
+        if processor.get(name):
+            fields[name] = sum(processor[name]) / len(processor[name])
+    return ViT3DConfig(**{**fields, "patch_size": tuple(patch_size), **overrides})
+
+
+def _pair(size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
