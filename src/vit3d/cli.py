@@ -340,21 +340,18 @@ def _score_trees(name: str, predicted, gold, threshold: float, image: Path | Non
 
     `precision_of_traced` leaves out what the prediction follows of bright structure that the gold does not cover.
     """
-    import numpy as np
-
     from .scoring import score_trees
 
     rows = [{"name": name, **score_trees(predicted, gold, threshold=threshold)}]
     if image is None:
         return rows
-    from .gold import align_gold, untraced_structure
+    from .gold import align_gold, without_untraced
 
     volume = read_stack(image, spacing, None)
     aligned, shift = align_gold(_as_voxels(gold, volume), volume)
     predicted = _as_voxels(predicted, volume)
     scores = score_trees(predicted, aligned, threshold=threshold)
-    voxels = np.clip(np.rint(predicted.points).astype(int), 0, np.array(volume.shape) - 1)
-    judged = predicted.take(np.flatnonzero(~untraced_structure(volume, aligned)[tuple(voxels.T)]))
+    judged = without_untraced(predicted, aligned, volume)
     scores["precision_of_traced"] = score_trees(judged, aligned, threshold=threshold)["precision"]
     words = ", ".join(f"{value:+.2f}" for value in shift)
     return [*rows, {"name": f"{name} aligned by ({words}) voxels", **scores}]

@@ -68,3 +68,20 @@ def prepare(checkpoint: str | Path, repo_id: str, folder: Path) -> list[str]:
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(folder / "README.md")
     return sorted(path.name for path in folder.iterdir())
+
+
+def fill_card(path: str | Path, section: str, text: str) -> None:
+    """Replace what stands between `<!-- section -->` and `<!-- /section -->`: numbers in cards are never typed."""
+    path = Path(path)
+    before, opening, rest = path.read_text().partition(f"<!-- {section} -->")
+    _, closing, after = rest.partition(f"<!-- /{section} -->")
+    if not closing:
+        raise ValueError(f"{path} has no section <!-- {section} --> ... <!-- /{section} -->.")
+    path.write_text(f"{before}{opening}\n{text.strip()}\n{closing}{after}")
+
+
+def markdown_table(rows: list[dict]) -> str:
+    """Rows of equal keys as a Markdown table; floats with three digits after the point."""
+    keys = list(rows[0])
+    cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in (row[key] for key in keys)] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [keys, ["---"] * len(keys), *cells])
