@@ -79,8 +79,7 @@ class ViT3DImageProcessor(BaseImageProcessor):
         }
         if segmentation_maps is not None:
             maps = zip(_as_stacks(segmentation_maps), pads, strict=True)
-            data["labels"] = np.stack([np.pad(labels, pad, constant_values=-100) for labels, pad in maps])
-            data["labels"] = data["labels"].astype(np.int64)
+            data["labels"] = np.stack([np.pad(m.astype(np.int64), pad, constant_values=-100) for m, pad in maps])
         return BatchFeature(data=data, tensor_type=return_tensors)
 
     def post_process_semantic_segmentation(self, outputs, target_sizes=None, threshold: float = 0.5) -> list:

@@ -303,7 +303,7 @@ class ViT3DHead(nn.Module):
         axes = []
         for axis, (position, size) in enumerate(zip(corner, self.config.painted_size, strict=True)):
             voxels = position[:, None] * size + torch.arange(size + 2 * HALO, device=raw.device)
-            axes.append(voxels.view(len(voxels), *[-1 if a == axis else 1 for a in range(3)]))
+            axes.append(voxels.view(len(voxels), *[size + 2 * HALO if a == axis else 1 for a in range(3)]))
         return raw.movedim(1, -1)[row.view(-1, 1, 1, 1), axes[0], axes[1], axes[2]].movedim(-1, 1)
 
     def _painted_windows(self, painted: torch.Tensor, kept: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:

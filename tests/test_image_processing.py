@@ -1,0 +1,107 @@
+"""Stack -> normalised tensor with its token mask; logits -> mask."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+
+from vit3d import ViT3DConfig, ViT3DImageProcessor
+
+
+@pytest.fixture
+def processor() -> ViT3DImageProcessor:
+    return ViT3DImageProcessor(volume_size=(8, 32, 32), patch_size=(4, 8, 8), image_mean=0.4, image_std=0.2)
+
+
+def fibre(*shape: int) -> np.ndarray:
+    """uint8, a bright fibre along x in the first slices and rows, on an empty ground."""
+    voxels = np.zeros(shape, dtype=np.uint8)
+    voxels[1:3, 3:5] = 200
+    return voxels
+
+
+def test_a_stack_arrives_as_the_photographs_did(processor):
+    voxels = fibre(8, 32, 40)
+    values = processor.pixel_values(voxels, processor.measure(voxels))
+    assert values.dtype == np.float32
+    assert_allclose([values.min(), values.max()], [(0 - 0.4) / 0.2, (1 - 0.4) / 0.2], rtol=1e-5)
+
+
+def test_a_batch_has_the_axes_of_the_network(processor):
+    batch = processor([fibre(8, 32, 40), fibre(8, 32, 40)], return_tensors="pt")
+    assert batch["pixel_values"].shape == (2, 1, 8, 32, 40)
+    assert batch["token_mask"].shape == (2, 2, 4, 5)
+    assert batch["token_mask"].dtype == torch.bool
+    assert torch.equal(batch["pixel_values"][0], batch["pixel_values"][1])
+
+
+def test_one_stack_or_an_array_of_stacks_is_a_batch(processor):
+    one = processor(fibre(8, 32, 40))["pixel_values"]
+    assert_array_equal(processor(np.stack([fibre(8, 32, 40)] * 2))["pixel_values"], np.concatenate([one, one]))
+
+
+def test_only_patches_with_a_neurite_are_kept(processor):
+    kept = processor(fibre(8, 32, 40))["token_mask"][0]
+    assert kept[0, 0].all()
+    assert not kept[:, 2:].any()
+
+
+def test_a_stack_is_padded_to_whole_patches_by_its_border_and_its_labels_are_ignored_there(processor):
+    voxels = fibre(7, 30, 37)
+    batch = processor(voxels, segmentation_maps=voxels > 0)
+    values, labels = batch["pixel_values"][0, 0], batch["labels"][0]
+    assert values.shape == labels.shape == (8, 32, 40)
+    assert_array_equal(values[7], values[6])
+    assert_array_equal(values[:, :, 37:], np.repeat(values[:, :, 36:37], 3, axis=2))
+    assert_array_equal(labels[:7, :30, :37], voxels > 0)
+    assert labels.dtype == np.int64
+    labels[:7, :30, :37] = -100
+    assert (labels == -100).all()
+
+
+def test_a_crop_is_prepared_with_the_statistics_of_its_volume(processor):
+    voxels = fibre(8, 32, 40)
+    voxels[1:3, 20:22] = 40  # a faint fibre, which alone would count as bright
+    whole = processor(voxels)
+    crop = processor(voxels[:, 16:], statistics=processor.measure(voxels))
+    assert_array_equal(crop["pixel_values"], whole["pixel_values"][:, :, :, 16:])
+
+
+def test_an_unsure_polarity_keeps_every_patch(processor):
+    voxels = np.full((8, 32, 40), 100, dtype=np.uint8)
+    voxels[4, :, 10], voxels[4, :, 30] = 200, 0
+    assert processor(voxels)["token_mask"].all()
+
+
+def test_a_dark_neurite_looks_like_a_bright_one(processor):
+    dark, bright = (processor(voxels)["pixel_values"] for voxels in (255 - fibre(8, 32, 40), fibre(8, 32, 40)))
+    assert_allclose(dark, bright, atol=0.02)
+
+
+def test_stacks_of_different_shapes_are_no_batch(processor):
+    with pytest.raises(ValueError, match=r"stacks of one shape .* got \[\(8, 32, 32\), \(8, 32, 40\)\]"):
+        processor([fibre(8, 32, 40), fibre(8, 32, 32)])
+    with pytest.raises(ValueError, match="stacks of one shape"):
+        processor(fibre(32, 40))
+
+
+def test_logits_become_masks_cut_back_to_the_stack(processor):
+    logits = torch.zeros(2, 1, 8, 32, 40)
+    logits[0, 0, 2, 3, 5], logits[1] = 5, 0.5
+    outputs = SimpleNamespace(logits=logits)
+    first, second = processor.post_process_semantic_segmentation(outputs, target_sizes=[(7, 30, 37), (8, 32, 40)])
+    assert first.nonzero().tolist() == [[2, 3, 5]]
+    assert first.shape == (7, 30, 37)
+    assert second.all()
+    assert not processor.post_process_semantic_segmentation(outputs, threshold=0.9)[1].any()
+
+
+def test_the_processor_of_a_network_has_its_sizes_and_survives_saving(tmp_path):
+    config = ViT3DConfig(volume_size=(8, 32, 48), patch_size=(2, 8, 16), image_mean=0.3, image_std=0.1)
+    ViT3DImageProcessor.from_config(config, polarity="dark").save_pretrained(tmp_path)
+    loaded = ViT3DImageProcessor.from_pretrained(tmp_path)
+    for name in ("volume_size", "patch_size", "image_mean", "image_std"):
+        assert getattr(loaded, name) == getattr(config, name), name
+    assert loaded.polarity == "dark"

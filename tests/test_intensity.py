@@ -1,0 +1,157 @@
+"""What grey levels mean does not depend on how the stack was stored, and never on where a block lies."""
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from scipy import ndimage
+
+from vit3d.model.intensity_vit3d import (
+    BLUR_VOX,
+    NOISE_FACTOR,
+    blur,
+    blur_halo,
+    foreground,
+    measure,
+    normalize,
+    occupied_patches,
+)
+
+PATCH = (4, 8, 8)
+
+
+def neurite(noise: float = 0.0, background: float = 0.0) -> np.ndarray:
+    """(24, 64, 80) uint8: a bright curved fibre of width 3, blurred, on an even ground."""
+    z, y, x = np.indices((24, 64, 80))
+    axis = np.hypot(y - 32 - 12 * np.sin(x / 12), z - 12) < 1.6
+    light = background + 200 * ndimage.gaussian_filter(axis.astype(float), 0.7)
+    light += np.random.default_rng(0).normal(0, noise, light.shape)
+    return np.clip(np.rint(light), 0, 255).astype(np.uint8)
+
+
+def test_the_blur_is_a_gaussian_truncated_at_three_sigma():
+    voxels = np.random.default_rng(0).random((12, 20, 25))
+    expected = ndimage.gaussian_filter(voxels, BLUR_VOX, mode="nearest", truncate=3)
+    assert_allclose(blur(voxels), expected, rtol=1e-3)
+
+
+def test_a_blurred_voxel_looks_exactly_as_far_as_the_halo():
+    halo = blur_halo()
+    spot = np.zeros((15, 15, 15))
+    spot[7, 7, 7] = 1
+    reach = np.argwhere(blur(spot) > 0)
+    assert_array_equal(reach.min(0), 7 - np.array(halo))
+    assert_array_equal(reach.max(0), 7 + np.array(halo))
+
+
+def test_a_cleaned_background_leaves_bounds_that_differ_and_noise_of_one_grey_level():
+    voxels = neurite()
+    assert np.percentile(voxels, 95) == 0
+    statistics = measure(voxels)
+    assert (statistics.background, statistics.noise, statistics.polarity) == (0, 1, "bright")
+    assert 50 < statistics.bright <= 255
+    found = foreground(voxels, statistics)
+    assert found[voxels > 100].all()
+    assert found.mean() < 0.05
+
+
+def test_noise_and_background_of_a_noisy_stack_are_found():
+    statistics = measure(neurite(noise=20, background=60))
+    peak = 1 / np.sqrt(np.prod([2 * np.sqrt(np.pi) * s for s in BLUR_VOX]))  # white noise, after the blur
+    assert statistics.background == pytest.approx(60, abs=2)
+    assert statistics.noise == pytest.approx(20 * peak, rel=0.1)
+    assert statistics.threshold == NOISE_FACTOR * statistics.noise
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32, bool])
+@pytest.mark.parametrize("level", [0, 1])
+def test_a_constant_stack_holds_no_neurite_and_divides_by_nothing(level, dtype):
+    voxels = np.full((8, 16, 16), level, dtype=dtype)
+    statistics = measure(voxels)
+    assert statistics.bright > statistics.background
+    assert not foreground(voxels, statistics).any()
+    assert normalize(voxels, statistics).max() < 0.1
+
+
+@pytest.mark.parametrize("noise", [0, 8])
+def test_dark_neurites_are_found_and_look_like_bright_ones(noise):
+    bright = neurite(noise, background=40)
+    dark = 255 - bright
+    assert measure(bright).polarity == "bright"
+    assert measure(dark).polarity == "dark"
+    assert measure(bright).sure
+    assert measure(dark).sure
+    assert_allclose(normalize(dark, measure(dark)), normalize(bright, measure(bright)), atol=5e-3)
+    assert_array_equal(foreground(dark, measure(dark)), foreground(bright, measure(bright)))
+
+
+def test_a_named_polarity_is_taken_at_its_word():
+    voxels = neurite()
+    assert measure(voxels, "dark").polarity == "dark"
+    assert not normalize(voxels, measure(voxels, "dark")).any()
+
+
+def test_a_stack_with_both_dark_and_bright_structure_is_computed_everywhere():
+    voxels = np.full((16, 32, 64), 100, dtype=np.uint8)
+    voxels[8, :, 10], voxels[8, :, 50] = 190, 10
+    statistics = measure(voxels)
+    assert not statistics.sure
+    assert foreground(voxels, statistics).all()
+
+
+@pytest.mark.parametrize("noise", [0, 5])
+def test_the_mask_does_not_depend_on_how_the_stack_is_stored(noise):
+    voxels = neurite(noise, background=4 * noise)
+    mask = foreground(voxels, measure(voxels))
+    for stored in (voxels.astype(np.uint16) * 257, voxels.astype(np.float32) / 255, voxels.astype(float) * 3):
+        other = foreground(stored, measure(stored))
+        # the least noise is a 255th of the range where grey levels are not whole numbers: a little less than one
+        assert (mask & ~other).sum() < 0.01 * mask.sum()
+        assert other.sum() < 1.3 * mask.sum()
+        assert_allclose(normalize(stored, measure(stored)), normalize(voxels, measure(voxels)), atol=0.08)
+
+
+def test_a_faint_neurite_in_a_deep_stack_is_kept_when_it_leaves_the_noise():
+    voxels = 100 + neurite().astype(float) + np.random.default_rng(0).normal(0, 10, (24, 64, 80))
+    voxels[2:6, 2:6, 2:6] = 60_000  # a soma, so bright that the neurite is below an 8-bit level
+    voxels = np.rint(voxels).astype(np.uint16)
+    assert foreground(voxels, measure(voxels))[neurite() > 150].all()
+
+
+def test_normalisation_block_by_block_equals_the_whole():
+    voxels = neurite(noise=5, background=20)
+    statistics = measure(voxels)
+    whole = normalize(voxels, statistics)
+    assert_array_equal(normalize(voxels[3:9, 10:30, 40:], statistics), whole[3:9, 10:30, 40:])
+    assert whole.min() == 0
+    assert whole.max() == 1
+
+
+def test_a_deep_stack_is_measured_from_a_sample_of_its_slices():
+    deep = np.concatenate([neurite(noise=5, background=20)] * 8)
+    whole, sample = measure(deep[:96]), measure(deep)
+    assert sample.background == pytest.approx(whole.background, abs=0.5)
+    assert sample.noise == pytest.approx(whole.noise, rel=0.1)
+    assert sample.bright == pytest.approx(whole.bright, rel=0.2)
+
+
+def test_a_patch_is_occupied_where_any_of_its_voxels_is():
+    mask = np.zeros((8, 16, 24), dtype=bool)
+    mask[3, 8, 23] = mask[4, 7, 0] = True
+    assert_array_equal(np.argwhere(occupied_patches(mask, PATCH)), [(0, 1, 2), (1, 0, 0)])
+
+
+def test_an_unknown_polarity_is_refused():
+    with pytest.raises(ValueError, match="`polarity` must be 'auto', 'bright' or 'dark', got 'light'"):
+        measure(neurite(), "light")
+
+
+def test_no_neurite_of_a_real_stack_is_left_out(shared):
+    tifffile = pytest.importorskip("tifffile")
+    voxels = tifffile.imread(shared / "data/op/OP_6.tif")[28:60, :, 256:]
+    gold = np.loadtxt(shared / "data/op/OP_6.swc")[:, [4, 3, 2]] - (28, 0, 256)
+    kept = occupied_patches(foreground(voxels, measure(voxels)), PATCH)
+    inside = gold[((gold >= 0) & (gold < voxels.shape)).all(1)]
+    assert len(inside) > 50
+    patches = (inside // PATCH).astype(int)
+    assert kept[tuple(patches.T)].mean() > 0.97
+    assert kept.mean() < 0.02

@@ -1,0 +1,440 @@
+"""The network: what is saved comes back, what is left out costs nothing elsewhere, and it learns."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.testing import assert_close
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation
+
+from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation, ViT3DImageProcessor, ViT3DModel
+from vit3d.model.modeling_vit3d import (
+    BACKGROUND_LOGIT,
+    HALO,
+    from_patches,
+    pack_tokens,
+    segmentation_loss,
+    to_patches,
+)
+
+NUM_LAYERS, HIDDEN = 2, 32
+WINDOW = {"volume": (8, 16, 24), "center_slice": (8, 16, 24)}
+PATCH = {"volume": (4, 8, 8), "center_slice": (8, 8, 8)}
+
+
+@pytest.fixture(params=["volume", "center_slice"])
+def prediction(request) -> str:
+    return request.param
+
+
+def tiny_config(prediction: str = "volume", **fields) -> ViT3DConfig:
+    sizes = dict(hidden_size=HIDDEN, num_hidden_layers=NUM_LAYERS, num_attention_heads=2, intermediate_size=64)
+    window = dict(volume_size=WINDOW[prediction], patch_size=PATCH[prediction], prediction=prediction)
+    head = dict(fused_layers=(1, 2), head_channels=4, position_grid=(3, 3))
+    return ViT3DConfig(**{**sizes, **window, **head, **fields})
+
+
+def tiny_model(prediction: str = "volume", **fields) -> ViT3DForNeuronSegmentation:
+    """In evaluation mode, every weight random and none small, so that every part of the network shows."""
+    torch.manual_seed(0)
+    model = ViT3DForNeuronSegmentation(tiny_config(prediction, **fields)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def stack(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def window(prediction: str, batch: int = 1, **kwargs) -> torch.Tensor:
+    return stack(batch, 1, *WINDOW[prediction], **kwargs)
+
+
+def grid_mask(prediction: str, batch: int = 1, share: float = 1.0) -> torch.Tensor:
+    grid = tiny_config(prediction).grid_size
+    return torch.rand(batch, *grid, generator=torch.Generator().manual_seed(2)) < share
+
+
+def gradients(model, pixel_values: torch.Tensor, **kwargs) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(pixel_values, **kwargs).logits.square().mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# --- patches ---------------------------------------------------------------------------------------------------
+
+
+def test_cutting_into_patches_and_putting_together_are_inverse():
+    volume = stack(2, 3, 8, 15, 14)
+    patches = to_patches(volume, (4, 5, 7))
+    assert patches.shape == (2, 2 * 3 * 2, 3 * 4 * 5 * 7)
+    assert torch.equal(from_patches(patches, (2, 3, 2), (4, 5, 7)), volume)
+
+
+def test_the_patch_embedding_is_a_convolution():
+    model = tiny_model(num_channels=2).double().vit3d
+    volume = stack(2, 2, 8, 16, 24).double()
+    tokens = model.embeddings.patch_embeddings(to_patches(volume, (4, 8, 8)))
+    expected = model.embeddings.patch_embeddings.projection(volume).flatten(2).transpose(1, 2)
+    assert_close(tokens, expected, atol=1e-5, rtol=0)
+
+
+def dense_windows(volume: torch.Tensor, size: tuple[int, ...], halo: int, kept: torch.Tensor) -> torch.Tensor:
+    """Windows of `size` and a halo around the kept patches of a volume that already has the halo."""
+    row, *corner = kept
+    for axis, patch in enumerate(size):
+        volume = volume.unfold(2 + axis, patch + 2 * halo, patch)
+    return volume[row, :, corner[0], corner[1], corner[2]]
+
+
+@torch.no_grad()
+def test_windows_of_kept_patches_are_those_of_the_dense_volume(prediction):
+    head = tiny_model(prediction).head
+    size, channels = head.config.painted_size, head.config.head_channels
+    grid, mask = head.config.grid_size, grid_mask(prediction, batch=2, share=0.6)
+    kept = mask.nonzero().T
+    painted = stack(kept.shape[1], channels * math.prod(size))
+    dense = torch.zeros(2, math.prod(grid), painted.shape[1])
+    dense[mask.flatten(1)] = painted
+    dense = functional.pad(from_patches(dense, grid, size), (1,) * 6)
+    found = head._painted_windows(painted, kept, (2, *grid))
+    assert torch.equal(found, dense_windows(dense, size, 1, kept))
+    raw = head._with_halo(window(prediction, 2))
+    assert torch.equal(head._raw_windows(raw, kept), dense_windows(raw, size, HALO, kept))
+
+
+def test_kept_patches_come_first_in_raster_order_and_padding_is_marked():
+    indices, real = pack_tokens(torch.tensor([[0, 1, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]]).bool())
+    assert indices[0].tolist() == [1, 3]
+    assert indices[1, 0] == 2
+    assert real.tolist() == [[True, True], [True, False], [False, False]]
+
+
+@torch.no_grad()
+def test_a_kept_patch_has_its_own_position(prediction):
+    embeddings = tiny_model(prediction).vit3d.embeddings
+    pixel_values, mask = window(prediction), grid_mask(prediction, share=0.6).flatten(1)
+    dense = embeddings(pixel_values)
+    found = embeddings(pixel_values, pack_tokens(mask)[0])
+    assert 0 < mask.sum() < mask.numel()
+    assert_close(found[:, 1:], dense[:, 1:][mask][None], atol=1e-5, rtol=0)
+    assert torch.equal(found[:, 0], dense[:, 0])
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_every_token_paints_its_own_patch(prediction, dense):
+    """Without attention a voxel sees its own patch and, through the image, the halo around itself."""
+    model, pixel_values = tiny_model(prediction, patch_size=(8, 8, 8)), window(prediction).requires_grad_()
+    for layer in model.vit3d.layers:
+        torch.nn.init.zeros_(layer.attention.o_proj.weight)
+    mask = None if dense else torch.tensor([1, 1, 0, 0, 1, 1]).bool().view(1, 1, 2, 3)
+    model(pixel_values, mask).logits[0, 0, -1, 12, 12].backward()  # in the patch of rows and columns 8 to 15
+    seen = pixel_values.grad[0, 0].nonzero()
+    assert seen.min(0).values.tolist() == [0, 8, 8]
+    assert seen.max(0).values.tolist() == [7, 15, 15]
+
+
+# --- token mask ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_mask_of_all_ones_is_the_dense_computation(prediction):
+    model, pixel_values = tiny_model(prediction), window(prediction, 2)
+    dense = model(pixel_values).logits
+    assert dense.shape == (2, 1, *model.config.output_size)
+    assert_close(model(pixel_values, grid_mask(prediction, 2)).logits, dense, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_a_patch_left_out_is_background_and_the_rest_is_not(prediction):
+    model, mask = tiny_model(prediction), grid_mask(prediction, 2, share=0.6)
+    logits = to_patches(model(window(prediction, 2), mask).logits, model.config.painted_size)
+    assert 0 < mask.float().mean() < 1
+    assert (logits[~mask.flatten(1)] == BACKGROUND_LOGIT).all()
+    assert (logits[mask.flatten(1)] != BACKGROUND_LOGIT).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_stack_of_background_alone_is_painted_as_background(prediction, batch):
+    mask = torch.zeros_like(grid_mask(prediction, batch))
+    mask[1:] = True
+    logits = tiny_model(prediction)(window(prediction, batch), mask).logits
+    assert (logits[0] == BACKGROUND_LOGIT).all()
+    assert logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_voxels_deep_inside_a_left_out_patch_are_seen_by_nobody(prediction):
+    model = tiny_model(prediction, patch_size=(8, 8, 8))
+    pixel_values, mask = window(prediction), torch.ones(1, 1, 2, 3, dtype=torch.bool)
+    mask[0, 0, 0, 1] = False
+    before = model(pixel_values, mask).logits
+    inside = slice(8 + HALO, 16 - HALO)
+    changed = pixel_values.clone()
+    changed[..., : 8 - HALO, inside] += 5
+    assert torch.equal(model(changed, mask).logits, before)
+    assert not torch.equal(model(changed).logits[..., 16:], model(pixel_values).logits[..., 16:])
+    changed[..., : 8 - HALO, 15] += 5  # within the halo of the patch beside it
+    after = model(changed, mask).logits
+    assert torch.equal(after[..., 16 + HALO :], before[..., 16 + HALO :])
+    assert not torch.equal(after[..., 16 : 16 + HALO], before[..., 16 : 16 + HALO])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_row_of_a_batch_is_what_it_is_alone(prediction, attention):
+    model = tiny_model(prediction)
+    model.set_attn_implementation(attention)
+    pixel_values, mask = window(prediction, 3), grid_mask(prediction, 3, share=0.5)
+    mask[1] = True
+    assert len(set(mask.sum((1, 2, 3)).tolist())) > 1
+    together = model(pixel_values, mask).logits
+    for row in range(3):
+        alone = model(pixel_values[row : row + 1], mask[row : row + 1]).logits
+        assert_close(together[row : row + 1], alone, atol=1e-5, rtol=0)
+
+
+# --- saving and loading ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_save_and_load_are_bit_equal_also_through_the_auto_classes(prediction, tmp_path):
+    model, pixel_values = tiny_model(prediction, training_spacing_um=(1.0, 0.33, 0.33)), window(prediction)
+    processor = ViT3DImageProcessor.from_config(model.config, polarity="dark")
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    for loader in (ViT3DForNeuronSegmentation, AutoModelForSemanticSegmentation):
+        loaded = loader.from_pretrained(tmp_path)
+        assert type(loaded) is ViT3DForNeuronSegmentation
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+        assert torch.equal(loaded(pixel_values).logits, model(pixel_values).logits)
+    base = AutoModel.from_pretrained(tmp_path)
+    assert type(base) is ViT3DModel
+    expected = model.vit3d(pixel_values).last_hidden_state
+    assert torch.equal(base(pixel_values).last_hidden_state, expected)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert type(config) is ViT3DConfig
+    for name in ("volume_size", "patch_size", "prediction", "fused_layers", "training_spacing_um", "num_labels"):
+        assert getattr(config, name) == getattr(model.config, name), name
+    loaded = AutoImageProcessor.from_pretrained(tmp_path)
+    assert type(loaded) is ViT3DImageProcessor
+    assert (loaded.polarity, loaded.volume_size, loaded.patch_size) == ("dark", *_sizes(model.config))
+
+
+def _sizes(config: ViT3DConfig) -> tuple:
+    return config.volume_size, config.patch_size
+
+
+@pytest.mark.parametrize("inherited", ["vit3d.", "head."])
+def test_loading_a_part_leaves_no_weight_uninitialised(prediction, inherited, tmp_path):
+    saved = tiny_model(prediction)
+    state = {name: tensor for name, tensor in saved.state_dict().items() if name.startswith(inherited)}
+    if inherited == "vit3d.":
+        saved.vit3d.save_pretrained(tmp_path)
+    else:
+        saved.save_pretrained(tmp_path, state_dict=dict(state))
+    loaded = ViT3DForNeuronSegmentation.from_pretrained(tmp_path).state_dict()
+    fresh = ViT3DForNeuronSegmentation(saved.config).state_dict()
+    for name, tensor in loaded.items():
+        if name in state:
+            assert torch.equal(tensor, state[name]), name
+        elif fresh[name].unique().numel() == 1:  # a constant at the start: biases, norms, depth embedding
+            assert torch.equal(tensor, fresh[name]), name
+        else:
+            assert 0.2 < tensor.std() / fresh[name].std() < 5, name  # as few as eight numbers
+            assert tensor.abs().max() < 1, name
+
+
+def test_one_seed_gives_one_network(prediction):
+    twins = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        twins.append(ViT3DForNeuronSegmentation(tiny_config(prediction)))
+    for (name, a), b in zip(twins[0].named_parameters(), twins[1].parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert not twins[0].vit3d.embeddings.depth_embeddings.any()
+
+
+def test_the_network_is_built_without_memory_and_loaded_in_the_dtype_of_its_file(tmp_path):
+    with torch.device("meta"):
+        empty = ViT3DForNeuronSegmentation(tiny_config())
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    model = tiny_model().to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    for dtype, expected in (("auto", torch.bfloat16), (torch.float32, torch.float32)):
+        loaded = ViT3DForNeuronSegmentation.from_pretrained(tmp_path, dtype=dtype, low_cpu_mem_usage=True)
+        for name, parameter in loaded.named_parameters():
+            assert parameter.dtype == expected, name
+            assert torch.equal(parameter.bfloat16(), model.state_dict()[name]), name
+
+
+# --- the ways to run it ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [1.0, 0.6])
+def test_gradient_checkpointing_gives_the_same_gradients(prediction, share):
+    model, pixel_values = tiny_model(prediction).train(), window(prediction, 2)
+    mask = grid_mask(prediction, 2, share)
+    expected = gradients(model, pixel_values, token_mask=mask)
+    unused = set(dict(model.named_parameters())) - set(expected)
+    assert unused == {"vit3d.layernorm.weight", "vit3d.layernorm.bias"}  # the head reads the layers themselves
+    model.gradient_checkpointing_enable()
+    assert all(layer.gradient_checkpointing for layer in model.vit3d.layers)
+    for name, gradient in gradients(model, pixel_values, token_mask=mask).items():
+        assert_close(gradient, expected[name], msg=name)
+        assert gradient.any() or name.endswith("k_proj.bias"), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("share", [1.0, 0.6])
+def test_sdpa_equals_eager(prediction, share):
+    model, pixel_values, mask = tiny_model(prediction), window(prediction, 2), grid_mask(prediction, 2, share)
+    logits = {}
+    for attention in ("sdpa", "eager"):
+        model.set_attn_implementation(attention)
+        logits[attention] = model(pixel_values, mask).logits
+    assert_close(logits["sdpa"], logits["eager"], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_hidden_states_and_attentions_come_when_asked(prediction):
+    model, pixel_values = tiny_model(prediction), window(prediction, 2)
+    model.set_attn_implementation("eager")
+    tokens = 1 + math.prod(model.config.grid_size)
+    silent = model(pixel_values)
+    assert silent.hidden_states is None
+    assert silent.attentions is None
+    outputs = model(pixel_values, output_hidden_states=True, output_attentions=True)
+    assert [h.shape for h in outputs.hidden_states] == [(2, tokens, HIDDEN)] * (NUM_LAYERS + 1)
+    assert [a.shape for a in outputs.attentions] == [(2, 2, tokens, tokens)] * NUM_LAYERS
+    assert_close(outputs.attentions[0].sum(-1), torch.ones(2, 2, tokens))
+    encoder = model.vit3d(pixel_values, output_hidden_states=True)
+    assert_close(model.vit3d.layernorm(encoder.hidden_states[-1]), encoder.last_hidden_state)
+    assert torch.equal(model(pixel_values, return_dict=False)[0], silent.logits)
+    model.config.output_hidden_states = True
+    assert len(model(pixel_values).hidden_states) == NUM_LAYERS + 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("share", [1.0, 0.6])
+def test_bf16_weights_give_fp32_logits(prediction, share):
+    model, pixel_values, mask = tiny_model(prediction), window(prediction), grid_mask(prediction, 1, share)
+    expected = model(pixel_values, mask).logits
+    found = model.to(torch.bfloat16)(pixel_values, mask).logits
+    assert found.dtype == torch.float32
+    assert_close(found, expected, atol=0.15 * expected.std().item() + 0.1, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(4, 8, 8), (12, 24, 40), (8, 8, 48)])
+def test_any_multiple_of_the_patch_is_predicted(size):
+    model = tiny_model()
+    logits = model(stack(1, 1, *size)).logits
+    assert logits.shape == (1, 1, *size)
+    everything = torch.ones(1, *[n // p for n, p in zip(size, PATCH["volume"], strict=True)]).bool()
+    assert_close(model(stack(1, 1, *size), everything).logits, logits, atol=1e-4, rtol=0)
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"of \(8, 16, 20\) voxels must be a multiple of the patch \(4, 8, 8\)"):
+        model(stack(1, 1, 8, 16, 20))
+    with pytest.raises(ValueError, match="must be a multiple of the patch"):
+        model(stack(1, 1, 0, 16, 24))
+    with pytest.raises(ValueError, match=r"must be \(batch, 1 channels, depth, height, width\)"):
+        model(stack(1, 2, 8, 16, 24))
+    with pytest.raises(ValueError, match=r"`token_mask` must be .* = \(1, 2, 2, 3\), got \(1, 2, 3, 2\)"):
+        model(stack(1, 1, 8, 16, 24), torch.ones(1, 2, 3, 2).bool())
+    with pytest.raises(ValueError, match="A centre slice is predicted from 8 slices, got 16"):
+        tiny_model("center_slice")(stack(1, 1, 16, 16, 24))
+
+
+@pytest.mark.parametrize(
+    "fields, sentence",
+    [
+        (dict(volume_size=(8, 16, 20)), r"the nearest that fits is \(8, 16, 16\)"),
+        (dict(patch_size=(8, 8)), "need three numbers"),
+        (dict(prediction="slice"), "must be 'volume' or 'center_slice', got 'slice'"),
+        (dict(prediction="center_slice"), "a patch is as deep as the window"),
+        (dict(num_attention_heads=5), "`hidden_size` 192 must .* `num_attention_heads` 5"),
+        (dict(fused_layers=(1, 3)), "must lie between 1 and .*2"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused_in_one_sentence(fields, sentence):
+    sizes = dict(num_hidden_layers=2, fused_layers=(1, 2), volume_size=(8, 16, 24), patch_size=(4, 8, 8))
+    with pytest.raises(ValueError, match=sentence) as error:
+        ViT3DConfig(**{**sizes, **fields})
+    assert "\n" not in str(error.value)
+
+
+# --- learning --------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_has_the_value_that_one_computes_by_hand():
+    logits, labels = torch.zeros(1, 1, 1, 2, 4), torch.tensor([[[[1, 1, 0, 0], [0, 0, -100, -100]]]])
+    # all probabilities 1/2 over six known voxels, two of them neurite: Dice = (2 * 1 + 1) / (3 + 2 + 1)
+    assert segmentation_loss(logits, labels).item() == pytest.approx(math.log(2) + 1 - 3 / 6)
+    certain = torch.where(labels == 1, 20.0, -20.0).unsqueeze(1)
+    assert segmentation_loss(certain, labels).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_ignored_voxels_teach_nothing(prediction):
+    model, pixel_values = tiny_model(prediction), window(prediction)
+    labels = (stack(1, *model.config.output_size) > 0).long()
+    labels[..., :9] = -100
+    outputs = model(pixel_values, labels=labels)
+    outputs.logits.retain_grad()
+    outputs.loss.backward()
+    assert not outputs.logits.grad[..., :9].any()
+    assert outputs.logits.grad[..., 9:].all()
+    changed = outputs.logits.detach().clone()
+    changed[..., :9] += 100
+    assert torch.equal(segmentation_loss(changed, labels), outputs.loss.detach())
+
+
+@pytest.mark.parametrize("share", [1.0, 0.6])
+def test_a_batch_without_labels_costs_nothing_and_breaks_nothing(prediction, share):
+    model, pixel_values = tiny_model(prediction), window(prediction)
+    labels = torch.full((1, *model.config.output_size), -100)
+    loss = model(pixel_values, grid_mask(prediction, 1, share), labels=labels).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def test_one_batch_can_be_overfitted(prediction):
+    torch.manual_seed(0)
+    model = ViT3DForNeuronSegmentation(tiny_config(prediction)).train()
+    z, y, x = torch.meshgrid(*[torch.arange(n) for n in WINDOW[prediction]], indexing="ij")
+    tube = ((y - 4 - x / 3).abs() < 1.5) & ((z - 4).abs() < 2)
+    pixel_values = (tube * 2.0 - 1)[None, None] + 0.7 * window(prediction)
+    labels = tube[None].long() if prediction == "volume" else tube[4][None, None].long()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    first = model(pixel_values, labels=labels).loss.item()
+    for _ in range(60):
+        loss = model(pixel_values, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    found, gold = model(pixel_values).logits[:, 0] > 0, labels == 1
+    assert loss.item() < 0.2 * first
+    assert 2 * (found & gold).sum() / (found.sum() + gold.sum()) > 0.95
+
+
+def test_the_context_of_a_voxel_is_the_whole_window(prediction):
+    """Through the tokens; the image alone reaches a voxel only from `HALO` voxels away."""
+    model, pixel_values = tiny_model(prediction), window(prediction).requires_grad_()
+    model(pixel_values).logits[0, 0, 0, 0, 0].backward()
+    assert pixel_values.grad.all()
+    still = copy.deepcopy(model)
+    torch.nn.init.zeros_(still.head.painter.weight)
+    pixel_values.grad = None
+    still(pixel_values).logits[0, 0, 0, 8, 12].backward()
+    seen = pixel_values.grad[0, 0].nonzero()
+    z = 0 if prediction == "volume" else 4
+    assert seen.min(0).values.tolist() == [max(z - HALO, 0), 8 - HALO, 12 - HALO]
+    assert seen.max(0).values.tolist() == [z + HALO, 8 + HALO, 12 + HALO]

@@ -1,0 +1,156 @@
+"""A volume is segmented block by block as it would be at once."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+from torch import nn
+
+from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation, ViT3DImageProcessor, Volume, segment
+from vit3d.model.modeling_vit3d import BACKGROUND_LOGIT, from_patches, to_patches
+from vit3d.segmentation import FAINT
+
+SHAPES = [(19, 40, 53), (8, 16, 24), (9, 17, 25), (3, 5, 7), (1, 40, 30), (30, 10, 24)]
+
+
+class OneVoxelNetwork(nn.Module):
+    """Sees one voxel per logit, paints left-out patches as background, and remembers what it was given."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, prediction: str = "volume"):
+        super().__init__()
+        patch = (4, 8, 8) if prediction == "volume" else (8, 8, 8)
+        self.config = ViT3DConfig(volume_size=(8, 16, 24), patch_size=patch, prediction=prediction)
+        self.batches = []
+
+    def forward(self, pixel_values: torch.Tensor, token_mask: torch.Tensor | None = None):
+        self.batches.append(len(pixel_values))
+        if self.config.prediction == "center_slice":
+            pixel_values = pixel_values[:, :, 4:5]
+        logits = 2 * pixel_values
+        if token_mask is not None:
+            patches = to_patches(logits, self.config.painted_size)
+            patches[~token_mask.flatten(1)] = BACKGROUND_LOGIT
+            logits = from_patches(patches, self.config.grid_size, self.config.painted_size)
+        return SimpleNamespace(logits=logits)
+
+    def whole(self, voxels: np.ndarray) -> np.ndarray:
+        """The probability without blocks."""
+        processor = ViT3DImageProcessor.from_config(self.config)
+        values = processor.pixel_values(voxels, processor.measure(voxels))
+        return 1 / (1 + np.exp(-2 * values))
+
+
+@pytest.fixture(params=["volume", "center_slice"])
+def network(request) -> OneVoxelNetwork:
+    return OneVoxelNetwork(request.param)
+
+
+def noise(shape) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8)
+
+
+def fibre(shape=(20, 60, 70)) -> np.ndarray:
+    voxels = np.zeros(shape, dtype=np.uint8)
+    z, y, x = np.indices(shape)
+    voxels[np.hypot(z - 9, y - 20 - x / 3) < 2] = 180
+    return voxels
+
+
+def tiny_model(prediction: str) -> ViT3DForNeuronSegmentation:
+    torch.manual_seed(0)
+    patch = (4, 8, 8) if prediction == "volume" else (8, 8, 8)
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, head_channels=4)
+    model = ViT3DForNeuronSegmentation(
+        ViT3DConfig(**sizes, volume_size=(8, 16, 24), patch_size=patch, prediction=prediction, fused_layers=(1, 2))
+    )
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_network_that_sees_one_voxel_gives_the_same_block_wise_and_whole(network, shape):
+    voxels = noise(shape)
+    found = segment(network, Volume(voxels, (2.0, 0.5, 0.5)), select=False)
+    assert_allclose(found.voxels, network.whole(voxels), atol=1e-5)
+    assert found.spacing_um == (2.0, 0.5, 0.5)
+    assert found.voxels.dtype == np.float32
+
+
+def test_every_slice_is_its_own(network):
+    """Each slice has its own level, so a slice put in another's place shows."""
+    voxels = np.tile(np.arange(0, 200, 10, dtype=np.uint8)[:, None, None], (1, 30, 30))
+    found = segment(network, Volume(voxels), select=False).voxels
+    assert_allclose(found, network.whole(voxels), atol=1e-5)
+    assert len(np.unique(found[:, 10, 10].round(4))) > 5
+
+
+def test_selection_changes_nothing_on_the_neurite_and_only_zeroes_what_is_far_from_it(network):
+    voxels = fibre()
+    dense, selected = (segment(network, Volume(voxels), select=s).voxels for s in (False, True))
+    processor = ViT3DImageProcessor.from_config(network.config)
+    mask = processor.foreground(voxels, processor.measure(voxels))
+    assert_allclose(selected[mask], dense[mask], atol=1e-5)
+    assert (selected <= dense + 1e-5).all()
+    far = np.ones_like(mask)
+    reach = network.config.painted_size if network.config.prediction == "volume" else network.config.patch_size
+    for z, y, x in np.argwhere(mask):
+        box = tuple(slice(max(0, c - n), c + n) for c, n in zip((z, y, x), reach, strict=True))
+        far[box] = False
+    assert far.mean() > 0.3
+    assert not selected[far].any()
+
+
+@pytest.mark.parametrize("level, dtype", [(0, np.uint8), (7, np.uint16), (0.3, np.float64)])
+def test_a_constant_stack_holds_nothing(network, level, dtype):
+    voxels = np.full((9, 20, 30), level, dtype)
+    found = segment(network, Volume(voxels)).voxels
+    assert_array_equal(found, np.zeros(voxels.shape, np.float32))
+    assert not network.batches
+
+
+def test_faint_probabilities_are_written_as_zero(network, monkeypatch):
+    voxels = noise((9, 20, 30))
+    found = segment(network, Volume(voxels), select=False).voxels
+    assert found[found > 0].min() >= FAINT
+    monkeypatch.setattr("vit3d.segmentation.FAINT", 0.5)
+    assert_array_equal(segment(network, Volume(voxels), select=False).voxels, np.where(found < 0.5, 0, found))
+
+
+def test_no_batch_holds_more_windows_than_asked(network):
+    segment(network, Volume(noise((19, 40, 53))), select=False, batch_size=3)
+    assert max(network.batches) == 3
+
+
+@pytest.mark.parametrize("prediction", ["volume", "center_slice"])
+def test_the_real_network_gives_probabilities_that_do_not_depend_on_the_batch_size(prediction):
+    model, volume = tiny_model(prediction), Volume(fibre((12, 40, 50)))
+    one, many = (segment(model, volume, batch_size=size).voxels for size in (1, 7))
+    assert_allclose(many, one, atol=1e-5)
+    assert one.shape == volume.shape
+    assert one.min() == 0
+    assert 0.05 < one.max() <= 1
+    assert not model.training
+
+
+def test_a_part_of_a_volume_is_segmented_with_the_statistics_of_the_whole(network):
+    voxels = fibre()
+    voxels[:, 40:] //= 3
+    processor = ViT3DImageProcessor.from_config(network.config)
+    part = Volume(voxels[:, 30:])
+    found = segment(network, part, statistics=processor.measure(voxels), select=False).voxels
+    assert_allclose(found, network.whole(voxels)[:, 30:], atol=1e-5)
+
+
+def test_a_volume_in_a_window_of_its_size_is_the_networks_own_answer():
+    model = tiny_model("volume")
+    voxels = noise((8, 16, 24))
+    batch = ViT3DImageProcessor.from_config(model.config)(voxels, return_tensors="pt")
+    with torch.no_grad():
+        expected = model.eval()(batch["pixel_values"]).logits.sigmoid()[0, 0].numpy()
+    found = segment(model, Volume(voxels), select=False).voxels
+    assert_allclose(found, np.where(expected < FAINT, 0, expected), atol=1e-6)
