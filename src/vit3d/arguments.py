@@ -1,4 +1,4 @@
-"""What people type -> what the verbs take. Every ValueError names the flag and what came."""
+"""What people type -> what the verbs take. Every ValueError names the flag or the file, and what came."""
 
 import math
 import warnings
@@ -7,10 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .tree import NeuronTree, read_swc
-from .volume import Volume, read_volume
+from .tree import UNITS, NeuronTree, read_swc
+from .volume import SUFFIXES, Volume, read_volume
 
+SWC_SUFFIXES = (".swc", ".eswc")
 Box = tuple[slice, slice, slice]
+
+
+# --- files that are read ---
 
 
 def read_stack(path: Path, spacing: str | None, channel: int | None) -> Volume:
@@ -30,22 +34,75 @@ def read_mask(path: Path | None) -> np.ndarray | None:
 
 def read_trees(predicted: Path, gold: Path, predicted_unit, gold_unit, spacing: str | None) -> tuple[NeuronTree, ...]:
     """Both trees; a voxel size given on the command line goes to those that do not know theirs."""
-    trees = read_swc(predicted, unit=predicted_unit), read_swc(gold, unit=gold_unit)
+    trees = (
+        read_swc(predicted, unit=unit_of(predicted_unit, "--predicted-unit")),
+        read_swc(gold, unit=unit_of(gold_unit, "--gold-unit")),
+    )
     size = triple(spacing, "--spacing")
     return tuple(replace(tree, spacing_um=tree.spacing_um or size) for tree in trees)
 
 
+def is_swc(path: Path) -> bool:
+    return path.suffix.lower() in SWC_SUFFIXES
+
+
 def pairs(predicted: Path, gold: Path) -> list[tuple[str, Path, Path]]:
-    """(name, predicted, gold); folders are paired by file name without suffix."""
+    """(name, predicted, gold); folders are paired by file name without suffix, SWCs before masks.
+
+    What has no partner is named in a warning, so that nobody takes the mean of some for the mean of all.
+    """
     if not predicted.is_dir():
         return [(predicted.stem, predicted, gold)]
     if not gold.is_dir():
         raise ValueError(f"{predicted} is a folder, {gold} is none; folders are scored against folders.")
-    golds, swcs = ({p.stem: p for p in sorted(folder.glob("*.swc"))} for folder in (gold, predicted))
-    found = [(name, path, golds[name]) for name, path in swcs.items() if name in golds]
-    if not found:
-        raise FileNotFoundError(f"No SWC in {predicted} has the name of one in {gold}.")
-    return found
+    for suffixes in (SWC_SUFFIXES, SUFFIXES):
+        first, second = (by_stem(folder, suffixes) for folder in (predicted, gold))
+        if common := sorted(first.keys() & second.keys()):
+            if alone := sorted(first.keys() ^ second.keys()):
+                warnings.warn(f"Not scored, for want of a partner: {', '.join(alone)}.", stacklevel=2)
+            return [(name, first[name], second[name]) for name in common]
+    raise FileNotFoundError(f"No SWC or mask in {predicted} has the name of one in {gold}.")
+
+
+def by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+    """The folder's files of these types by their name without suffix; hidden ones are passed over."""
+    files = (path for path in sorted(folder.iterdir()) if path.suffix.lower() in suffixes)
+    return {path.stem: path for path in files if not path.name.startswith(".")}
+
+
+def stack_named(place: Path | None, name: str) -> Path | None:
+    """The stack itself, or the one of this name in a folder."""
+    if place is None or not place.is_dir():
+        return place
+    stacks = by_stem(place, SUFFIXES)
+    if name not in stacks:
+        raise FileNotFoundError(f"{place} holds no stack named {name}.")
+    return stacks[name]
+
+
+# --- files that are written: refused before hours of work, not after ---
+
+
+def new_file(path: Path, *suffixes: str) -> Path:
+    """`path`, if a file of these types can be written there."""
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"The name of what is written must end in {' or '.join(suffixes)}, got {path}.")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the name of a file.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"The folder {path.parent} does not exist; make it first.")
+    return path
+
+
+def new_folder(path: Path) -> Path:
+    """`path`, if a folder is there or can be made there."""
+    nearest = next((place for place in (path, *path.parents) if place.exists()), path)
+    if nearest.exists() and not nearest.is_dir():
+        raise ValueError(f"{path} cannot be a folder: {nearest} is a file.")
+    return path
+
+
+# --- numbers and words ---
 
 
 def triple(text: str | None, flag: str) -> tuple[float, float, float] | None:
@@ -60,14 +117,44 @@ def triple(text: str | None, flag: str) -> tuple[float, float, float] | None:
     return values
 
 
-def number(text: str):
-    """A number, or "auto"."""
-    if text == "auto":
-        return text
+def number(text: str, flag: str) -> float:
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        raise ValueError(f"A number or 'auto' is expected, got {text!r}.") from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{flag} takes a number, got {text!r}.")
+    return value
+
+
+def threshold_of(text: str) -> float | str:
+    """A number, or "auto"."""
+    return text if text == "auto" else number(text, "--threshold")
+
+
+def factors_of(text: str) -> float | tuple[float, float, float]:
+    return triple(text, "--scale") if "," in text else number(text, "--scale")
+
+
+def unit_of(text: str | None, flag: str, spacing_um=(1.0, 1.0, 1.0)) -> str | None:
+    """ "um", "voxel" or None; um needs a voxel size."""
+    if text not in (*UNITS, None):
+        raise ValueError(f"{flag} takes um or voxel, got {text!r}.")
+    if text == "um" and spacing_um is None:
+        raise ValueError(f"{flag} um needs the voxel size: add --spacing Z,Y,X.")
+    return text
+
+
+def to_unit(tree: NeuronTree, unit: str | None, spacing: str | None) -> NeuronTree:
+    """The tree in the unit that `--swc-unit` names, knowing the voxel size that `--spacing` states."""
+    unit, size = unit_of(unit, "--swc-unit"), triple(spacing, "--spacing")
+    if unit is None and size is None:
+        return tree
+    if tree.unit is None:
+        raise ValueError("The SWC does not say its unit: add --unit um or --unit voxel.")
+    if unit not in (tree.unit, None) and not (size or tree.spacing_um):
+        raise ValueError(f"From {tree.unit} to {unit} it takes the voxel size: add --spacing Z,Y,X.")
+    return tree.to(unit or tree.unit, size)
 
 
 def box_of(text: str | None, shape: tuple[int, ...]) -> Box:
@@ -98,12 +185,16 @@ def root_of(text: str | None, box, spacing_um) -> tuple[float, ...] | None:
             x, y, z = (float(part) for part in text.split(","))
     except (ValueError, IndexError):
         raise ValueError(f"--root takes X,Y,Z in voxels or a .marker file, got {text!r}.") from None
+    place = (z, y, x)
+    if not all(axis.start - 0.5 <= value <= axis.stop - 0.5 for value, axis in zip(place, box, strict=True)):
+        spans = ", ".join(f"{name} {axis.start} to {axis.stop - 1}" for name, axis in zip("zyx", box, strict=True))
+        raise ValueError(f"--root {text} lies outside the stack or its crop: {spans}.")
     size = spacing_um or (1.0, 1.0, 1.0)
-    return tuple((value - axis.start) * step for value, axis, step in zip((z, y, x), box, size, strict=True))
+    return tuple((value - axis.start) * step for value, axis, step in zip(place, box, size, strict=True))
 
 
 def flip_of(text: str) -> tuple[int, float]:
     axis, _, last = text.partition(":")
-    if axis not in ("x", "y", "z") or not last.replace(".", "", 1).isdigit():
+    if axis not in ("x", "y", "z") or not last:
         raise ValueError(f"--flip takes AXIS:LAST such as y:511, got {text!r}.")
-    return "zyx".index(axis), float(last)
+    return "zyx".index(axis), number(last, "--flip AXIS:LAST")

@@ -49,6 +49,10 @@ class BigNeuronConfig(datasets.BuilderConfig):
             facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
             self.fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()
 
+    def create_config_id(self, config_kwargs: dict, custom_features=None) -> str:
+        # the cache's key: by itself it sees only what the caller passed, here the folder's name
+        return super().create_config_id({**config_kwargs, "fingerprint": self.fingerprint}, custom_features)
+
 
 class BigNeuron(datasets.GeneratorBasedBuilder):
     """Rows of paths, never voxels: `name`, `image`, `swc`; read them with `read_volume` and `read_swc`.

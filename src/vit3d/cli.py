@@ -1,8 +1,7 @@
 """One subcommand per verb: parse, call, print. Every import of a room happens inside its command."""
 
 import csv
-import json
-import math
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -10,7 +9,25 @@ from typing import Annotated
 
 import typer
 
-from .arguments import box_of, flip_of, number, pairs, read_mask, read_stack, read_trees, root_of, triple
+from .arguments import (
+    box_of,
+    factors_of,
+    flip_of,
+    is_swc,
+    new_file,
+    new_folder,
+    pairs,
+    read_mask,
+    read_stack,
+    read_trees,
+    root_of,
+    stack_named,
+    threshold_of,
+    to_unit,
+    triple,
+    unit_of,
+)
+from .tables import as_json_text, as_table, summary
 
 MAIN_SCORES = ("precision", "recall", "f1", "esa", "dsa", "pds")
 
@@ -31,7 +48,8 @@ Crop = Annotated[
     str | None, typer.Option(help="Box z0:z1,y0:y1,x0:x1 in voxels; the SWC keeps full-stack coordinates.")
 ]
 Mask = Annotated[Path | None, typer.Option(help="Image of the same shape; nothing is traced where it is 0.")]
-SwcUnit = Annotated[str | None, typer.Option(help="um or voxel; default um where the spacing is known.")]
+SwcUnit = Annotated[str | None, typer.Option(help="um or voxel; default um where the voxel size is known.")]
+Unit = Annotated[str | None, typer.Option(help="um or voxel, for an SWC that does not say it.")]
 PredictedUnit = Annotated[str | None, typer.Option(help="um or voxel, for an SWC that does not say it.")]
 GoldUnit = Annotated[str | None, typer.Option(help="um or voxel, for an SWC that does not say it.")]
 
@@ -42,13 +60,14 @@ def demo(
     seed: Annotated[int, typer.Option(help="Which neuron.")] = 1,
 ):
     """Simulate a neuron, reconstruct it, score it, draw it."""
+    from .checkpoint import load_checkpoint
     from .reconstruction import reconstruct as run
     from .scoring import score_trees
-    from .segmentation import load_checkpoint
     from .simulate import simulate_neuron
     from .tree import write_swc
     from .volume import write_volume
 
+    new_folder(out)
     volume, truth = simulate_neuron(seed=seed)
     out.mkdir(parents=True, exist_ok=True)
     write_volume(volume, out / "neuron.tif")
@@ -57,7 +76,7 @@ def demo(
     result = run(network, volume, processor=processor)
     result.write(out, "neuron")
     scores = score_trees(result.tree, truth)
-    typer.echo(_rows([{"name": "neuron", **_summary(result.tree), **{key: scores[key] for key in MAIN_SCORES}}]))
+    typer.echo(as_table([{"name": "neuron", **summary(result.tree), **{key: scores[key] for key in MAIN_SCORES}}]))
     typer.echo(f"The stack, its tree, the truth and a picture are in {out}/.")
 
 
@@ -81,40 +100,39 @@ def reconstruct(
     """Stack in; tree, probability and picture out: the main job. A folder gives one table; failures are listed."""
     from .reconstruction import find_stacks
     from .reconstruction import reconstruct as run
-    from .segmentation import load_checkpoint
 
-    stacks = find_stacks(stack)
+    stacks, out = find_stacks(stack), new_folder(out)
+    for flag, value, parse in (("--spacing", spacing, triple), ("--swc-unit", swc_unit, unit_of)):
+        parse(value, flag)  # what is wrong for all stacks is said once, and before the work
+    level, allowed = threshold_of(threshold), read_mask(mask)
+    from .checkpoint import load_checkpoint
+
     network, processor = load_checkpoint(model, device, polarity)
     rows, failures = [], []
-    for path in stacks:
+    for name, path in stacks.items():
         try:
             volume = read_stack(path, spacing, channel)
-            result = run(
-                network,
-                volume,
-                processor=processor,
-                box=box_of(crop, volume.shape),
-                mask=read_mask(mask),
-                select=select,
-                threshold=number(threshold),
-            )
-            result.write(out, path.stem, swc_unit)
-            rows.append({"name": path.stem, **_summary(result.tree), "review": len(result.reviews)})
-        except (ValueError, OSError) as error:
-            if len(stacks) == 1:
+            unit = unit_of(swc_unit, "--swc-unit", volume.spacing_um)
+            box = box_of(crop, volume.shape)
+            options = {"box": box, "mask": allowed, "select": select, "threshold": level}
+            result = run(network, volume, processor=processor, **options)
+            result.write(out, name, unit)
+            rows.append({"name": name, **summary(result.tree), "review": len(result.reviews)})
+        except (ValueError, OSError, MemoryError) as error:
+            if not stack.is_dir():
                 raise
-            failures.append(f"{path.name}: {error}")
+            failures.append(f"{path.name} failed: {_sentence(error)}")
     if rows:
-        typer.echo(_rows(rows))
+        typer.echo(as_table(rows))
     for failure in failures:
-        typer.echo(f"failed: {failure}", err=True)
+        _complain(failure)
     if failures:
         raise typer.Exit(2)
 
 
 @app.command()
 def segment(
-    stack: Path,
+    stack: Annotated[Path, typer.Argument(help="A stack.")],
     out: Annotated[Path, typer.Argument(help="The probability, a float32 TIFF.")],
     model: Model = "vit3d-tiny",
     spacing: Spacing = None,
@@ -124,12 +142,13 @@ def segment(
     crop: Crop = None,
 ):
     """Stack -> probability that each voxel belongs to a neurite."""
-    from .segmentation import load_checkpoint
+    out = new_file(out, ".tif", ".tiff")
+    volume = read_stack(stack, spacing, channel)
+    box = box_of(crop, volume.shape)
+    from .checkpoint import load_checkpoint
     from .segmentation import segment as run
     from .volume import write_volume
 
-    volume = read_stack(stack, spacing, channel)
-    box = box_of(crop, volume.shape)
     network, processor = load_checkpoint(model, device, polarity)
     statistics = processor.measure(volume.voxels)
     write_volume(run(network, volume.crop(box), processor=processor, statistics=statistics), out)
@@ -141,7 +160,7 @@ def trace(
     out: Annotated[Path, typer.Argument(help="The SWC; OUT_review.csv lists what to proofread first.")],
     spacing: Spacing = None,
     channel: Channel = None,
-    polarity: Annotated[str, typer.Option(help="bright, or dark neurites on a bright ground.")] = "bright",
+    polarity: Annotated[str, typer.Option(help="bright, or dark: neurites on a bright ground.")] = "bright",
     threshold: Threshold = "auto",
     crop: Crop = None,
     mask: Mask = None,
@@ -156,28 +175,30 @@ def trace(
     swc_unit: SwcUnit = None,
 ):
     """Probability, mask or stack -> SWC; no network, no GPU."""
-    from .reconstruction import masked, place, placed_reviews, write_review
+    from .reconstruction import inverted, masked, place, placed_reviews, write_review
     from .tracing import trace_with_review
     from .tree import write_swc
 
+    if polarity not in ("bright", "dark"):
+        raise ValueError(f"--polarity takes bright or dark here, got {polarity!r}.")
+    out, level = new_file(out, ".swc", ".eswc"), threshold_of(threshold)
     volume = read_stack(probability, spacing, channel)
-    if polarity == "dark":
-        volume = volume.inverted()
-    if mask is not None:
-        volume = masked(volume, read_mask(mask))
-    box = box_of(crop, volume.shape)
+    unit, box = unit_of(swc_unit, "--swc-unit", volume.spacing_um), box_of(crop, volume.shape)
+    start = root_of(root, box, volume.spacing_um)
+    volume = inverted(volume) if polarity == "dark" else volume
+    volume = volume if mask is None else masked(volume, read_mask(mask))
     tree, reviews = trace_with_review(
         volume.crop(box),
-        threshold=number(threshold),
-        root=root_of(root, box, volume.spacing_um),
+        threshold=level,
+        root=start,
         min_branch_um=min_branch_um,
         max_gap_um=max_gap_um,
         step_um=step_um,
         forest=forest,
     )
+    write_swc(place(tree, box), out, unit=unit)
     write_review(placed_reviews(reviews, tree, box), out.with_name(out.stem + "_review.csv"), tree.unit)
-    write_swc(place(tree, box), out, unit=swc_unit)
-    typer.echo(_rows([{"name": out.stem, **_summary(tree), "review": len(reviews)}]))
+    typer.echo(as_table([{"name": out.stem, **summary(tree), "review": len(reviews)}]))
 
 
 @app.command()
@@ -190,53 +211,60 @@ def score(
     threshold: Annotated[float, typer.Option(help="Voxels from which on a point is far.")] = 2.0,
     image: Annotated[
         Path | None,
-        typer.Option(help="The stack: the gold is aligned to it, and bright untraced structure told apart."),
+        typer.Option(help="The stack (or their folder): scores once more against the gold aligned to it."),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Picture: missing red, surplus blue, agreed grey.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Picture (or their folder): missing red, surplus blue, agreed grey.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON; what is infinite is null.")] = False,
 ):
     """Tree against tree (precision, recall, F1, ESA, DSA, PDS in voxels), or mask against mask."""
-    rows = []
+    from .comparison import compare, means, plot_pair
+    from .scoring import score_masks
+
+    in_folders, groups = predicted.is_dir(), []
+    if in_folders and not all(place is None or place.is_dir() for place in (image, plot)):
+        raise ValueError("Folders are scored with a folder for --image and one that exists for --plot.")
+    if plot is not None and not in_folders:
+        new_file(plot, ".png")
     for name, first, second in pairs(predicted, gold):
-        if first.suffix.lower() in (".swc", ".eswc"):
-            trees = read_trees(first, second, predicted_unit, gold_unit, spacing)
-            rows += _score_trees(name, *trees, threshold, image, spacing)
-            if plot is not None:
-                from .plot import plot_difference
-
-                plot_difference(
-                    *trees,
-                    plot,
-                    volume=read_stack(image, spacing, None) if image else None,
-                    threshold=threshold,
-                )
-        else:
-            from .scoring import score_masks
-
-            rows.append(
-                {
-                    "name": name,
-                    **score_masks(read_stack(first, spacing, None), read_stack(second, spacing, None)),
-                }
-            )
-    if len(rows) > 1 and predicted.is_dir():
-        keys = [key for key in rows[0] if key != "name"]
-        rows.append({"name": "mean", **{key: sum(row[key] for row in rows) / len(rows) for key in keys}})
+        if not is_swc(first):
+            masks = (read_stack(path, spacing, None) for path in (first, second))
+            groups.append([{"name": name, **score_masks(*masks)}])
+            continue
+        trees = read_trees(first, second, predicted_unit, gold_unit, spacing)
+        shown = stack_named(image, name)
+        volume = None if shown is None else read_stack(shown, spacing, None)
+        groups.append(compare(name, *trees, threshold, volume))
+        if plot is not None:
+            plot_pair(*trees, plot / f"{name}.png" if in_folders else plot, threshold, volume)
+    rows = [row for group in groups for row in group] + (means(groups) if in_folders else [])
     if as_json:
-        typer.echo(json.dumps(rows if len(rows) > 1 else rows[0], indent=2))
+        typer.echo(as_json_text(rows))
     else:
-        keys = ["name", *(key for key in MAIN_SCORES if key in rows[0])] if "f1" in rows[0] else list(rows[0])
+        keys = ["name", *(MAIN_SCORES if "f1" in rows[0] else [key for key in rows[0] if key != "name"])]
         extra = [key for key in ("precision_of_traced", "corrections_per_mm") if any(key in row for row in rows)]
-        typer.echo(_rows([{key: row.get(key, math.nan) for key in keys + extra} for row in rows]))
+        typer.echo(as_table([{key: row.get(key, "") for key in keys + extra} for row in rows]))
 
 
 @app.command()
-def measure(swcs: Annotated[list[Path], typer.Argument(help="SWC files.")]):
-    """Length, tips, branch points, order, Strahler number, volume: one CSV row per SWC."""
+def measure(
+    swcs: Annotated[list[Path], typer.Argument(help="SWC files.")],
+    unit: Unit = None,
+    sholl_step: Annotated[
+        float | None, typer.Option(help="Distance of Sholl spheres; one column of crossings per sphere.")
+    ] = None,
+):
+    """Length, tips, branch points, order, Strahler number, volume, Sholl: one CSV row per SWC."""
     from .morphometry import measure as run
+    from .morphometry import sholl
     from .tree import read_swc
 
-    rows = [{"name": path.stem, **run(read_swc(path))} for path in swcs]
+    rows = []
+    for path in swcs:
+        tree = read_swc(path, unit=unit_of(unit, "--unit"))
+        crossings = zip(*sholl(tree, sholl_step), strict=True) if sholl_step is not None else ()
+        rows.append({"name": path.stem, **run(tree), **{f"sholl_{radius:g}": int(n) for radius, n in crossings}})
     keys = list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.DictWriter(sys.stdout, keys, lineterminator="\n")
     writer.writeheader()
@@ -247,34 +275,38 @@ def measure(swcs: Annotated[list[Path], typer.Argument(help="SWC files.")]):
 def convert(
     source: Annotated[Path, typer.Argument(metavar="IN.swc")],
     out: Annotated[Path, typer.Argument(metavar="OUT.swc")],
-    unit: Annotated[str | None, typer.Option(help="um or voxel, for an SWC that does not say it.")] = None,
-    swc_unit: SwcUnit = None,
+    unit: Unit = None,
+    swc_unit: Annotated[str | None, typer.Option(help="um or voxel: convert to it.")] = None,
     spacing: Spacing = None,
     scale: Annotated[str | None, typer.Option(help="Factor, or factors Z,Y,X.")] = None,
-    flip: Annotated[str | None, typer.Option(help="AXIS:LAST, the axis (x, y or z) and its last voxel centre.")] = None,
+    flip: Annotated[
+        str | None, typer.Option(help="AXIS:LAST: x, y or z, and its last voxel centre in the unit of OUT.swc.")
+    ] = None,
     resample: Annotated[float | None, typer.Option(help="New distance of nodes; tips and branch points stay.")] = None,
     split: Annotated[bool, typer.Option(help="One file per tree: OUT_1.swc, OUT_2.swc, ...")] = False,
 ):
-    """Units, scale, flip, resampling, sorting (always), splitting of SWCs."""
+    """Units, scale, flip, resampling, splitting of an SWC, in this order; parents come before children."""
     from .morphometry import resample as run
     from .tree import read_swc, write_swc
 
-    tree = read_swc(source, unit=unit)
-    if swc_unit is not None:
-        tree = tree.to(swc_unit, triple(spacing, "--spacing"))
+    out = new_file(out, ".swc", ".eswc")
+    tree = to_unit(read_swc(source, unit=unit_of(unit, "--unit")), swc_unit, spacing)
     if scale is not None:
-        tree = tree.scaled(number(scale) if "," not in scale else triple(scale, "--scale"))
+        tree = tree.scaled(factors_of(scale))
     if flip is not None:
         tree = tree.flipped(*flip_of(flip))
     if resample is not None:
         tree = run(tree, resample)
-    for count, part in enumerate(tree.split() if split else [tree], start=1):
-        write_swc(part, out.with_name(f"{out.stem}_{count}.swc") if split else out)
+    parts = tree.split() if split else [tree]
+    if not parts:
+        warnings.warn(f"{source} is an empty tree: nothing to split.", stacklevel=2)
+    for count, part in enumerate(parts, start=1):
+        write_swc(part, out.with_name(f"{out.stem}_{count}{out.suffix}") if split else out)
 
 
 @app.command()
 def simulate(
-    out: Annotated[Path, typer.Argument(help="The stack; its tree goes beside it as an SWC.")],
+    out: Annotated[Path, typer.Argument(help="The stack, a TIFF; its tree goes beside it as an SWC.")],
     seed: Annotated[int, typer.Option(help="Which neuron.")] = 0,
     shape: Annotated[str, typer.Option(help="Z,Y,X voxels.")] = "64,256,256",
     spacing: Annotated[str, typer.Option(help="Voxel size Z,Y,X in um.")] = "1,0.33,0.33",
@@ -285,7 +317,7 @@ def simulate(
     from .tree import write_swc
     from .volume import write_volume
 
-    size = tuple(int(n) for n in triple(shape, "--shape"))
+    out, size = new_file(out, ".tif", ".tiff"), tuple(int(n) for n in triple(shape, "--shape"))
     volume, tree = simulate_neuron(seed=seed, shape=size, spacing_um=triple(spacing, "--spacing"), polarity=polarity)
     write_volume(volume, out)
     write_swc(tree, out.with_suffix(".swc"))
@@ -293,7 +325,9 @@ def simulate(
 
 @app.command()
 def train(
-    data: Annotated[str, typer.Option(help="Folder of NAME.tif + NAME.swc (golds in voxels); may be left out.")] = "",
+    data: Annotated[
+        str, typer.Option(help="Folder of NAME.tif + NAME.swc, in voxels where it says no unit; may be left out.")
+    ] = "",
     init: Annotated[
         str, typer.Option(help="2D ViT to inflate, or a vit3d checkpoint to go on from.")
     ] = "facebook/dino-vitb16",
@@ -312,6 +346,7 @@ def train(
     from .training import TrainingConfig
     from .training import train as run
 
+    new_folder(Path(out))
     names = tuple(name for name in validate.split(",") if name)
     config = TrainingConfig(
         data, init, out, strategy, names, triple(spacing, "--spacing"), simulated,
@@ -323,7 +358,7 @@ def train(
 
 @app.command()
 def share(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder written by train.")],
+    checkpoint: Annotated[str, typer.Argument(help="Folder written by train, or a shipped name.")],
     repo_id: Annotated[str, typer.Argument(help="NAMESPACE/NAME on the Hub.")],
     private: Annotated[bool, typer.Option(help="Visible to you alone.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Prepare and list the files, upload nothing.")] = False,
@@ -335,63 +370,30 @@ def share(
         typer.echo(line)
 
 
-def _score_trees(name: str, predicted, gold, threshold: float, image: Path | None, spacing: str | None) -> list[dict]:
-    """One row; with an image a second one against the aligned gold.
-
-    `precision_of_traced` leaves out what the prediction follows of bright structure that the gold does not cover.
-    """
-    from .scoring import score_trees
-
-    rows = [{"name": name, **score_trees(predicted, gold, threshold=threshold)}]
-    if image is None:
-        return rows
-    from .gold import align_gold, without_untraced
-
-    volume = read_stack(image, spacing, None)
-    aligned, shift = align_gold(_as_voxels(gold, volume), volume)
-    predicted = _as_voxels(predicted, volume)
-    scores = score_trees(predicted, aligned, threshold=threshold)
-    judged = without_untraced(predicted, aligned, volume)
-    scores["precision_of_traced"] = score_trees(judged, aligned, threshold=threshold)["precision"]
-    words = ", ".join(f"{value:+.2f}" for value in shift)
-    return [*rows, {"name": f"{name} aligned by ({words}) voxels", **scores}]
+def _sentence(error: Exception) -> str:
+    """What the error says, on one line."""
+    if isinstance(error, MemoryError):
+        return f"there is not enough memory ({error}); crop the stack or use a larger machine."
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}."
+    return " ".join(str(error).split())
 
 
-def _as_voxels(tree, volume):
-    return tree if tree.unit is None else tree.to("voxel", tree.spacing_um or volume.spacing_um)
-
-
-def _summary(tree) -> dict:
-    unit = "um" if tree.unit == "um" else "vox"
-    return {
-        "nodes": len(tree),
-        "trees": tree.num_roots,
-        f"cable_{unit}": tree.cable_length if tree.unit == "um" else float(tree.edge_lengths.sum()),
-        "tips": tree.num_tips,
-        "branch_points": tree.num_branch_points,
-    }
-
-
-def _rows(rows: list[dict]) -> str:
-    """A plain table: names left, numbers right."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [keys, *([_cell(row.get(key, "")) for key in keys] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(keys))]
-    lines = (
-        [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in cells
-    )
-    return "\n".join("  ".join(line) for line in lines)
-
-
-def _cell(value) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+def _complain(what) -> None:
+    print(f"vit3d: {what}", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The `vit3d` command: one sentence and exit status 2 for what a person can mend, no traceback."""
-    warnings.showwarning = lambda message, *_: print(f"vit3d: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: _complain(message)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app(arguments, prog_name="vit3d")
-    except (ValueError, OSError) as error:
-        print(f"vit3d: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError) as error:
+        _complain(_sentence(error))
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

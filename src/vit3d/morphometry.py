@@ -139,7 +139,7 @@ def resample(tree: NeuronTree, step: float) -> NeuronTree:
     """The same branches with nodes about every `step` along them, evenly spaced per branch.
 
     Roots, tips, branch points and somas stay where they are; radius and confidence are interpolated along the
-    branch, the type is that of its far end.
+    branch, the type is that of its far end, or of its start where that would make more soma.
     """
     if not step > 0:
         raise ValueError(f"the resampling step must be positive, got {step}.")
@@ -158,7 +158,9 @@ def resample(tree: NeuronTree, step: float) -> NeuronTree:
     new_root[roots] = np.arange(len(roots))
     start = np.where(found.parents < 0, new_root[found.starts], last[found.parents])
     parents = np.where(nth == 1, start[branch], len(roots) + np.arange(len(branch)) - 1)
-    types = np.concatenate([tree.types[roots], tree.types[found.ends[branch]]])
+    end_type, start_type = tree.types[found.ends[branch]], tree.types[found.starts[branch]]
+    makes_soma = (end_type == SOMA) & (nth < counts[branch])
+    types = np.concatenate([tree.types[roots], np.where(makes_soma, start_type * (start_type != SOMA), end_type)])
     confidence = None if tree.confidence is None else values[:, 4]
     parents = np.concatenate([np.full(len(roots), -1), parents])
     resampled = replace(tree, points=values[:, :3], radii=values[:, 3], parents=parents, types=types,

@@ -4,6 +4,7 @@ import csv
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -26,17 +27,22 @@ class Reconstruction:
     box: Box
 
     def write(self, out: Path, name: str, swc_unit: str | None = None) -> None:
-        """`NAME.swc`, `NAME_probability.tif`, `NAME_review.csv` and `NAME.png` into the folder `out`."""
+        """`NAME.swc`, `NAME_probability.tif`, `NAME_review.csv` and `NAME.png` into the folder `out`: all or none.
+
+        `swc_unit`, "um" or "voxel", is the SWC's; default is the tree's own.
+        """
         from .plot import plot_reconstruction
 
         out.mkdir(parents=True, exist_ok=True)
-        write_volume(self.probability, out / f"{name}_probability.tif")
-        write_review(self.reviews, out / f"{name}_review.csv", self.tree.unit)
-        here = place(self.tree, self.box, -1)
-        plot_reconstruction(
-            self.volume, here, out / f"{name}.png", probability=self.probability, polarity=self.polarity
-        )
-        write_swc(self.tree, out / f"{name}.swc", unit=swc_unit)
+        with TemporaryDirectory(prefix=f".{name}.", suffix=".partial", dir=out) as folder:
+            whole = Path(folder)
+            write_swc(self.tree, whole / f"{name}.swc", unit=swc_unit)
+            write_review(self.reviews, whole / f"{name}_review.csv", self.tree.unit)
+            write_volume(self.probability, whole / f"{name}_probability.tif")
+            here, picture = place(self.tree, self.box, -1), whole / f"{name}.png"
+            plot_reconstruction(self.volume, here, picture, probability=self.probability, polarity=self.polarity)
+            for path in sorted(whole.iterdir()):
+                os.replace(path, out / path.name)
 
 
 def reconstruct(
@@ -57,6 +63,8 @@ def reconstruct(
     from .model.image_processing_vit3d import ViT3DImageProcessor
     from .segmentation import segment  # torch is loaded only here: tracing a mask needs none
 
+    if mask is not None:
+        _check_mask(mask, volume)  # before the long part
     processor = processor or ViT3DImageProcessor.from_config(model.config)
     statistics = processor.measure(volume.voxels)
     box = box or tuple(slice(0, size) for size in volume.shape)
@@ -72,9 +80,14 @@ def reconstruct(
 
 def masked(volume: Volume, mask: np.ndarray) -> Volume:
     """The volume with zeros where `mask`, of the same shape, is 0."""
-    if mask.shape != volume.shape:
-        raise ValueError(f"The mask has shape {mask.shape}, the stack {volume.shape}; they must be equal (Z, Y, X).")
-    return Volume(np.where(mask != 0, volume.voxels, 0), volume.spacing_um)
+    _check_mask(mask, volume)
+    return Volume(np.where(mask != 0, volume.voxels, volume.voxels.dtype.type(0)), volume.spacing_um)
+
+
+def inverted(volume: Volume) -> Volume:
+    """Dark neurites on a bright ground made bright ones on a dark ground; the brightest voxel becomes 0."""
+    voxels = volume.voxels.astype(np.int64) if volume.voxels.dtype.kind == "i" else volume.voxels
+    return Volume(~voxels if voxels.dtype == bool else voxels.max() - voxels, volume.spacing_um)
 
 
 def place(tree: NeuronTree, box: Box, direction: int = 1) -> NeuronTree:
@@ -100,14 +113,27 @@ def write_review(reviews: list[Review], path: Path, unit: str | None) -> None:
     os.replace(temporary, path)
 
 
-def find_stacks(path: Path) -> list[Path]:
-    """The stack itself, or the stacks of a folder, sorted; the tool's own probabilities are passed over."""
+def find_stacks(path: Path) -> dict[str, Path]:
+    """The stack itself, or the stacks of a folder, by the name of what comes of them.
+
+    Hidden files and the tool's own probabilities are passed over. Stacks that differ only in their suffix keep
+    it in the name. FileNotFoundError: nothing there, or no stack in the folder.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist.")
     if not path.is_dir():
-        return [path]
-    stacks = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.stem.endswith("_probability"))
+        return {path.stem: path}
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    stacks = [p for p in files if not p.stem.endswith("_probability")]
     if not stacks:
         raise FileNotFoundError(f"{path} holds no stack; {', '.join(SUFFIXES)} are read.")
-    return stacks
+    stems = [p.stem for p in stacks]
+    return {p.stem if stems.count(p.stem) == 1 else p.name: p for p in stacks}
+
+
+def _check_mask(mask: np.ndarray, volume: Volume) -> None:
+    if mask.shape != volume.shape:
+        raise ValueError(f"The mask has shape {mask.shape}, the stack {volume.shape}; they must be equal (Z, Y, X).")
 
 
 def _offset(tree: NeuronTree, box: Box) -> np.ndarray:

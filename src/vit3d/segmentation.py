@@ -1,22 +1,16 @@
 """VERB segment: model + Volume -> probability Volume, block by block."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig
 
-from .model.auto_vit3d import register
 from .model.blocks_vit3d import Block, BlockPlan, assemble
-from .model.configuration_vit3d import ViT3DConfig
 from .model.image_processing_vit3d import ViT3DImageProcessor
 from .model.intensity_vit3d import IntensityStatistics
-from .model.modeling_vit3d import ViT3DForNeuronSegmentation
 from .volume import Volume
 
-DEFAULT_MODEL = "vit3d-tiny"  # shipped inside the package, so everything works offline
 OVERLAP = 0.25  # of the window, shared with each neighbour and blended
 TOKENS_PER_BATCH = 4096
 FAINT = 1 / 512  # less than half a level of an 8-bit picture: written as 0, so that background stays empty
@@ -102,34 +96,3 @@ def _predict(
     # all kept is the dense computation: without a mask it needs no gathering
     logits = model(pixel_values, None if token_mask.all() else token_mask).logits
     yield from zip(writes, logits[:, 0].sigmoid().cpu().numpy(), strict=True)
-
-
-def load_checkpoint(
-    source: str = DEFAULT_MODEL, device: str = "auto", polarity: str = "auto"
-) -> tuple[ViT3DForNeuronSegmentation, ViT3DImageProcessor]:
-    """Network and processor from a shipped name (`vit3d-tiny`), a folder or a Hub id, ready to run.
-
-    `device` "auto" takes a GPU where there is one. ValueError: the folder is no vit3d checkpoint, or the device
-    is not there.
-    """
-    shipped = Path(__file__).parent / "checkpoints" / source
-    place = shipped if shipped.is_dir() else source
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: no CUDA device is available here; use cpu or auto.")
-    register()
-    config = AutoConfig.from_pretrained(place)
-    if config.model_type != ViT3DConfig.model_type:
-        raise ValueError(
-            f"{source} is a {config.model_type!r} checkpoint, not a vit3d one; `vit3d train --init` inflates a ViT."
-        )
-    model = ViT3DForNeuronSegmentation.from_pretrained(place, dtype=preferred_dtype(device)).to(device)
-    return model, ViT3DImageProcessor.from_config(config, polarity=polarity)
-
-
-def preferred_dtype(device: str | torch.device) -> torch.dtype:
-    """bf16 where the hardware multiplies it (GPUs since Ampere, CPUs with AMX), else fp32."""
-    if torch.device(device).type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return torch.bfloat16 if amx() else torch.float32

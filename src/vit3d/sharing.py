@@ -7,8 +7,8 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from .checkpoint import load_checkpoint, place_of
 from .model.auto_vit3d import mark_for_upload
-from .segmentation import load_checkpoint
 
 _CARD = """
 # {name}
@@ -36,6 +36,8 @@ def share(checkpoint: str | Path, repo_id: str, *, private: bool = False, dry_ru
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(f"{repo_id!r} is no repository id NAMESPACE/NAME: {error}") from error
+    if "/" not in repo_id:
+        raise ValueError(f"{repo_id!r} is no repository id NAMESPACE/NAME: the namespace is missing.")
     with tempfile.TemporaryDirectory() as folder:
         files = prepare(checkpoint, repo_id, Path(folder))
         if dry_run:
@@ -47,15 +49,25 @@ def share(checkpoint: str | Path, repo_id: str, *, private: bool = False, dry_ru
 
 
 def prepare(checkpoint: str | Path, repo_id: str, folder: Path) -> list[str]:
-    """Lay out the repository in `folder`; returns the names of its files."""
+    """Lay out the repository in `folder`; returns the names of its files. A card that the checkpoint has stays."""
     model, processor = load_checkpoint(str(checkpoint), device="cpu")
     mark_for_upload(model)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    source = Path(checkpoint)
-    if (source / "model.safetensors").is_file():
-        shutil.copy(source / "model.safetensors", folder)  # as stored: loading may have changed the precision
-    config = model.config
+    try:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    finally:  # the mark is on the classes: later checkpoints of this process are to stay as they are
+        for marked in (type(model.config), type(model), type(processor)):
+            marked._auto_class = None
+    source = Path(place_of(str(checkpoint)))
+    for name in ("model.safetensors", "README.md"):
+        if (source / name).is_file():
+            shutil.copy(source / name, folder)  # as stored: loading may have changed the precision
+    if not (folder / "README.md").exists():
+        _card(model.config, repo_id).save(folder / "README.md")
+    return sorted(path.name for path in folder.iterdir())
+
+
+def _card(config, repo_id: str) -> ModelCard:
     text = _CARD.format(
         name=repo_id.split("/")[-1],
         repo_id=repo_id,
@@ -66,8 +78,7 @@ def prepare(checkpoint: str | Path, repo_id: str, folder: Path) -> list[str]:
     data = ModelCardData(
         license="apache-2.0", library_name="transformers", pipeline_tag="image-segmentation", tags=["vit3d"]
     )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(folder / "README.md")
-    return sorted(path.name for path in folder.iterdir())
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
 
 
 def fill_card(path: str | Path, section: str, text: str) -> None:

@@ -4,18 +4,20 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import AutoConfig, get_cosine_schedule_with_warmup
 
 from .bigneuron import find_pairs
+from .checkpoint import load_checkpoint, place_of
 from .gold import align_gold, untraced_structure
 from .model.auto_vit3d import register
 from .model.image_processing_vit3d import ViT3DImageProcessor
@@ -23,15 +25,15 @@ from .model.modeling_vit3d import ViT3DForNeuronSegmentation
 from .patches import CropDataset, TrainingVolume
 from .simulate import random_neuron
 from .targets import training_labels
-from .tree import read_swc
-from .volume import read_volume
+from .tree import NeuronTree, read_swc
+from .volume import Volume, read_volume
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """Everything a run depends on; written to `OUT/training.json`.
 
-    data: folder of stacks and golds (`NAME.tif` + `NAME.swc`, golds in voxels); may be empty ("").
+    data: folder of stacks and golds (`NAME.tif` + `NAME.swc`, in voxels where it says no unit); may be "".
     init: a 2D ViT (Hub id or folder) to inflate with `strategy`, or a vit3d checkpoint to go on from.
     validate: names of neurons kept out of training; the checkpoint with the best mean F1 on them is kept.
     simulated: how many simulated neurons are mixed in, and `simulated_share` of the crops they get.
@@ -57,6 +59,11 @@ class TrainingConfig:
     mixed_precision: str = "no"
     seed: int = 0
 
+    def __post_init__(self):
+        for name, least in (("max_steps", 1), ("batch_size", 1), ("validate_every", 1), ("simulated", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+
 
 def train(config: TrainingConfig) -> Path:
     """Run the training that `config` describes; returns the folder of the best checkpoint, `OUT/best`.
@@ -67,15 +74,13 @@ def train(config: TrainingConfig) -> Path:
     out = Path(config.out)
     if (out / "training.json").exists():
         raise ValueError(f"{out} already holds a run; choose another --out or remove it.")
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    accelerator = _accelerator(config)
     set_seed(config.seed)
     register()
     pairs = find_pairs(config.data) if config.data else []
     _check_validation_names(config, pairs)
     model = initial_model(config)
     processor = ViT3DImageProcessor.from_config(model.config)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "training.json").write_text(json.dumps(asdict(config), indent=2))
     volumes, weights = training_volumes(config, pairs, processor)
     length = config.max_steps * config.batch_size * accelerator.num_processes
     crops = CropDataset(volumes, weights, processor, length, config.seed, model.config)
@@ -84,7 +89,10 @@ def train(config: TrainingConfig) -> Path:
     schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.max_steps)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     average = AveragedModel(accelerator.unwrap_model(model), multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-    keeper = Keeper(out, processor, Validator(config, pairs, processor), Log(out / "metrics.jsonl", accelerator))
+    validator = Validator(config, pairs if accelerator.is_main_process else [], processor)
+    keeper = Keeper(out, processor, validator, Log(out / "metrics.jsonl", accelerator))
+    _begin(out, config, accelerator)
+    model.train()
     bar = tqdm(loader, desc="train", unit="step", disable=None if accelerator.is_main_process else True)
     for step, batch in enumerate(bar, start=1):
         loss = model(**batch).loss
@@ -104,10 +112,31 @@ def train(config: TrainingConfig) -> Path:
     return keeper.best
 
 
+def _accelerator(config: TrainingConfig) -> Accelerator:
+    handlers = [
+        DistributedDataParallelKwargs(find_unused_parameters=True),  # the encoder's last norm feeds no head
+        InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # all wait while one process validates
+    ]
+    return Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=handlers)
+
+
+def _begin(out: Path, config: TrainingConfig, accelerator: Accelerator) -> None:
+    """`OUT/training.json`, from which on the folder holds a run: after all that can be refused."""
+    accelerator.wait_for_everyone()  # every process has looked whether the folder is free
+    if accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        facts = {**asdict(config), "num_processes": accelerator.num_processes}
+        (out / "training.json").write_text(json.dumps(facts, indent=2))
+
+
 def initial_model(config: TrainingConfig) -> ViT3DForNeuronSegmentation:
-    """Go on from a vit3d checkpoint, or inflate a 2D ViT."""
-    if AutoConfig.from_pretrained(config.init).model_type == "vit3d":
-        return ViT3DForNeuronSegmentation.from_pretrained(config.init, dtype=torch.float32)
+    """Go on from a vit3d checkpoint (a shipped name too), or inflate a 2D ViT."""
+    try:
+        kind = AutoConfig.from_pretrained(place_of(config.init)).model_type
+    except OSError as error:
+        raise ValueError(f"--init {config.init} is no folder and no model that the Hub gives out now.") from error
+    if kind == "vit3d":
+        return load_checkpoint(config.init, "cpu", dtype=torch.float32)[0]
     return ViT3DForNeuronSegmentation.from_2d_pretrained(config.init, config.strategy)
 
 
@@ -129,7 +158,7 @@ def training_volumes(
     weights = [(1 - share) / max(1, len(real))] * len(real)
     for index in tqdm(range(config.simulated), desc="simulate", disable=None):
         volume, tree = random_neuron(seed=10_000 * (config.seed + 1) + index)
-        labels = training_labels(tree, volume.shape, min_radius_vox=1.5)
+        labels = training_labels(tree, volume.shape, min_radius_vox=1.5, ignore_vox=0.0)
         volumes.append(TrainingVolume.prepare(f"simulated {index}", volume.voxels, labels, processor))
         weights.append(share / config.simulated)
     if not volumes:
@@ -139,9 +168,18 @@ def training_volumes(
 
 def _prepare_pair(row: dict, processor: ViT3DImageProcessor) -> TrainingVolume:
     volume = read_volume(row["image"])
-    gold, _ = align_gold(read_swc(row["swc"], unit="voxel"), volume)
-    labels = training_labels(gold, volume.shape, min_radius_vox=1.5, untraced=untraced_structure(volume, gold))
+    gold, polarity = read_gold(row["swc"], volume, processor)
+    untraced = untraced_structure(volume, gold, polarity=polarity)
+    labels = training_labels(gold, volume.shape, min_radius_vox=1.5, ignore_vox=0.0, untraced=untraced)
     return TrainingVolume.prepare(row["name"], volume.voxels, labels, processor)
+
+
+def read_gold(path: str | Path, volume: Volume, processor: ViT3DImageProcessor) -> tuple[NeuronTree, str]:
+    """The gold in voxels, aligned to its stack, and the stack's polarity. An SWC that says no unit is in voxels."""
+    tree = read_swc(path)
+    tree = replace(tree, unit="voxel") if tree.unit is None else tree
+    polarity = processor.measure(volume.voxels).polarity
+    return align_gold(tree.to("voxel", tree.spacing_um or volume.spacing_um), volume, polarity=polarity)[0], polarity
 
 
 class Validator:
@@ -153,7 +191,7 @@ class Validator:
         for row in pairs:
             if row["name"] in config.validate:
                 volume = read_volume(row["image"], spacing_um=config.spacing_um)
-                gold, _ = align_gold(read_swc(row["swc"], unit="voxel"), volume)
+                gold, _ = read_gold(row["swc"], volume, processor)
                 self.cases.append((row["name"], volume, gold))
 
     def __call__(self, model) -> dict[str, float]:
@@ -202,13 +240,20 @@ class Log:
 def save(model, processor: ViT3DImageProcessor, folder: Path) -> None:
     """Write a checkpoint beside its final name and swap it in: a kill while saving leaves the previous one."""
     partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)  # killed between the two renames below
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     model.save_pretrained(partial)
     processor.save_pretrained(partial)
     if folder.exists():
         folder.rename(old)
-    partial.rename(folder)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -1,0 +1,56 @@
+"""Scores as people ask for them, composed of the verbs: the gold aligned to its image, a folder's mean, a picture."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from .gold import align_gold, without_untraced
+from .model.intensity_vit3d import measure
+from .scoring import score_trees
+from .tree import NeuronTree
+from .volume import Volume
+
+
+def compare(
+    name: str, predicted: NeuronTree, gold: NeuronTree, threshold: float, volume: Volume | None = None
+) -> list[dict]:
+    """One row of scores; with the stack a second one, against the gold aligned to it.
+
+    There `precision_of_traced` leaves out what the prediction follows of bright structure that no gold covers.
+    """
+    rows = [{"name": name, **score_trees(predicted, gold, threshold=threshold)}]
+    if volume is None:
+        return rows
+    polarity = measure(volume.voxels).polarity
+    predicted, gold = (_stated(tree).to("voxel", tree.spacing_um or volume.spacing_um) for tree in (predicted, gold))
+    aligned, shift = align_gold(gold, volume, polarity=polarity)
+    scores = score_trees(predicted, aligned, threshold=threshold)
+    judged = without_untraced(predicted, aligned, volume, polarity=polarity)
+    scores["precision_of_traced"] = score_trees(judged, aligned, threshold=threshold)["precision"]
+    words = ", ".join(f"{value:+.2f}" for value in shift)
+    return [*rows, {"name": f"{name} aligned by ({words}) voxels (z, y, x)", **scores}]
+
+
+def means(groups: list[list[dict]]) -> list[dict]:
+    """The mean over pairs, raw rows and aligned rows apart; only of what every row has."""
+    rows = []
+    for what, part in zip(("mean", "mean aligned"), zip(*groups, strict=True), strict=False):
+        keys = [key for key in part[0] if key != "name" and all(key in row for row in part)]
+        rows.append({"name": what, **{key: math.fsum(row[key] for row in part) / len(part) for key in keys}})
+    return rows
+
+
+def plot_pair(
+    predicted: NeuronTree, gold: NeuronTree, path: Path, threshold: float, volume: Volume | None = None
+) -> None:
+    """Where the two differ, in um where any of the three knows the voxel size."""
+    from .plot import plot_difference
+
+    spacing_um = gold.spacing_um or predicted.spacing_um or (volume.spacing_um if volume else None)
+    trees = (_stated(tree).to("um" if spacing_um else "voxel", spacing_um) for tree in (predicted, gold))
+    plot_difference(*trees, path, volume=volume, threshold=threshold)
+
+
+def _stated(tree: NeuronTree) -> NeuronTree:
+    """Two trees without a unit are scored as voxels."""
+    return tree if tree.unit else replace(tree, unit="voxel")

@@ -1,0 +1,42 @@
+"""What the commands print: one row per neuron, as a plain table or as JSON."""
+
+import json
+import math
+
+
+def summary(tree) -> dict:
+    """The columns of a traced tree; the unit ends the name of its cable length."""
+    unit = "um" if tree.unit == "um" else "vox"
+    return {
+        "nodes": len(tree),
+        "trees": tree.num_roots,
+        f"cable_{unit}": tree.cable_length,
+        "tips": tree.num_tips,
+        "branch_points": tree.num_branch_points,
+    }
+
+
+def as_table(rows: list[dict]) -> str:
+    """A plain table: names left, numbers right."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [keys, *([_cell(row.get(key, "")) for key in keys] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(keys))]
+    lines = (
+        [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in cells
+    )
+    return "\n".join("  ".join(line) for line in lines)
+
+
+def _cell(value) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _finite(row: dict) -> dict:
+    """JSON knows no infinity."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+
+
+def as_json_text(rows: list[dict]) -> str:
+    """A list of objects, or the one object."""
+    objects = [_finite(row) for row in rows]
+    return json.dumps(objects if len(objects) > 1 else objects[0], indent=2)

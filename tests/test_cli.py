@@ -1,0 +1,385 @@
+"""The command line: what each command promises, and one sentence with exit status 2 for what a person can mend."""
+
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+
+from vit3d.arguments import root_of
+from vit3d.cli import main
+from vit3d.tree import NeuronTree, read_swc, write_swc
+from vit3d.volume import Volume, write_volume
+
+SPACING = (1.0, 0.5, 0.5)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> str:
+    """A tiny network that has learned nothing."""
+    from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = ViT3DConfig(**sizes, fused_layers=(1, 2), volume_size=(8, 32, 32), patch_size=(4, 8, 8))
+    folder = tmp_path_factory.mktemp("checkpoint")
+    ViT3DForNeuronSegmentation(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def vit3d(capsys):
+    """Run a command here: (exit status, what it prints, what it complains)."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        return stopped.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+def process(*arguments, code="from vit3d.cli import main; main()", **variables):
+    """Run a command as a person does."""
+    words = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, env={**os.environ, **variables}, timeout=120)
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def assert_refused(result, sentence: str):
+    """Exit status 2, one sentence on stderr that says this, and no traceback."""
+    status, _, complaint = result
+    said = [line for line in complaint.splitlines() if line.startswith("vit3d: ")]
+    assert status == 2
+    assert len(said) == 1, complaint
+    assert re.search(sentence, said[0]), said[0]
+    assert "Traceback" not in complaint
+
+
+def stack(shape=(12, 40, 96)) -> np.ndarray:
+    """A straight neurite along x, 3 x 3 voxels thick, from 8 to 88, in a dark stack."""
+    voxels = np.zeros(shape, np.uint8)
+    voxels[5:8, 19:22, 8:89] = 200
+    return voxels
+
+
+def written(path: Path, voxels=None, spacing=SPACING) -> Path:
+    write_volume(Volume(stack() if voxels is None else voxels, spacing), path)
+    return path
+
+
+def line_swc(path: Path) -> Path:
+    """A neurite of 30 um along x."""
+    points = np.array([[4, 5, x] for x in range(2, 33)], float)
+    write_swc(NeuronTree(points, np.full(31, 0.5), np.arange(31) - 1, spacing_um=SPACING), path)
+    return path
+
+
+# ------------------------------------------------------------ stacks that are none
+
+
+def truncated_tiff(path: Path, compression) -> Path:
+    noise = np.random.default_rng(0).integers(0, 255, (12, 40, 48)).astype(np.uint8)
+    tifffile.imwrite(path, noise, compression=compression, metadata={"axes": "ZYX"})
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
+    return path
+
+
+def absurd_tiff(path: Path) -> Path:
+    """Two pages of 16 x 16 that say they are 2^20 x 2^20."""
+    tifffile.imwrite(path, np.ones((2, 16, 16), np.uint8), metadata=None, compression="zlib")
+    data = path.read_bytes()
+    for tag in (256, 257, 278):  # width, length, rows per strip
+        for told in (struct.pack("<HHIHxx", tag, 3, 1, 16), struct.pack("<HHII", tag, 4, 1, 16)):
+            data = data.replace(told, struct.pack("<HHII", tag, 4, 1, 1 << 20))
+    path.write_bytes(data)
+    return path
+
+
+def vaa3d(path: Path, key: bytes, sizes: tuple[int, ...], body: bytes) -> Path:
+    path.write_bytes(key + b"L" + struct.pack("<h4i", 1, *sizes) + body)
+    return path
+
+
+def damaged(voxels: np.ndarray, value: float) -> np.ndarray:
+    voxels = voxels.astype(np.float32)
+    voxels[3, 4, 5] = value
+    return voxels
+
+
+def raw_bytes(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+RAW, PBD = b"raw_image_stack_by_hpeng", b"v3d_volume_pkbitdf_encod"
+RGB = np.zeros((4, 16, 16, 3), np.uint8)
+BAD_STACKS = {
+    "missing": (lambda folder: folder / "none.tif", "does not exist"),
+    "empty": (lambda folder: raw_bytes(folder / "a.tif", b""), "is empty"),
+    "no image": (lambda folder: raw_bytes(folder / "a.tif", b"hello, this is no image at all"), "is not a TIFF"),
+    "unknown type": (lambda folder: raw_bytes(folder / "a.jpg", b"jpg"), "unknown type .jpg"),
+    "vendor's": (lambda folder: raw_bytes(folder / "a.czi", b"czi"), "bfconvert"),
+    "truncated raw": (lambda folder: truncated_tiff(folder / "a.tif", None), "cut short|incomplete|damaged"),
+    "truncated deflate": (lambda folder: truncated_tiff(folder / "a.tif", "zlib"), "cut short|incomplete|damaged"),
+    "truncated zstd": (lambda folder: truncated_tiff(folder / "a.tif", "zstd"), "cut short|incomplete|damaged"),
+    "absurd header": (lambda folder: absurd_tiff(folder / "a.tif"), "GiB of memory are free"),
+    "short v3draw": (
+        lambda folder: vaa3d(folder / "a.v3draw", RAW, (9, 9, 9, 1), bytes(700)),
+        "has 743",
+    ),
+    "long v3draw": (lambda folder: vaa3d(folder / "a.v3draw", RAW, (9, 9, 9, 1), bytes(800)), "has 843"),
+    "short v3dpbd": (lambda folder: vaa3d(folder / "a.v3dpbd", PBD, (9, 9, 9, 1), bytes([137, 9])), "ends before"),
+    "long v3dpbd": (lambda folder: vaa3d(folder / "a.v3dpbd", PBD, (3, 1, 2, 1), bytes([255, 9])), "holds more"),
+    "absurd v3dpbd": (
+        lambda folder: vaa3d(folder / "a.v3dpbd", PBD, (60000, 60000, 600, 1), bytes([255, 9])),
+        "GiB of memory are free",
+    ),
+    "2D": (lambda folder: _imwrite(folder / "a.tif", np.zeros((40, 48), np.uint8)), "2D image"),
+    "RGB": (lambda folder: _imwrite(folder / "a.tif", RGB, photometric="rgb"), "channels .RGB.*--channel 0"),
+    "NaN": (lambda folder: _imwrite(folder / "a.tif", damaged(stack(), np.nan)), "NaN or infinite"),
+    "infinite": (lambda folder: _imwrite(folder / "a.tif", damaged(stack(), np.inf)), "NaN or infinite"),
+}
+
+
+def _imwrite(path: Path, voxels, **options) -> Path:
+    tifffile.imwrite(path, voxels, **options)
+    return path
+
+
+@pytest.mark.parametrize("what", BAD_STACKS)
+def test_a_bad_stack_is_refused_in_one_sentence_by_every_command_that_reads_one(vit3d, tmp_path, checkpoint, what):
+    make, sentence = BAD_STACKS[what]
+    (tmp_path / "in").mkdir()
+    path, out = make(tmp_path / "in"), tmp_path / "out"
+    out.mkdir()
+    before = files(tmp_path)
+    assert_refused(vit3d("trace", path, out / "a.swc"), sentence)
+    assert_refused(vit3d("segment", path, out / "a.tif", "--model", checkpoint), sentence)
+    assert_refused(vit3d("reconstruct", path, "--out", out, "--model", checkpoint), sentence)
+    assert files(tmp_path) == before
+
+
+def test_a_channel_is_chosen_by_its_number(vit3d, tmp_path):
+    rgb = np.stack([np.zeros_like(stack()), stack(), np.zeros_like(stack())], axis=-1)
+    path = _imwrite(tmp_path / "a.tif", rgb, photometric="rgb")
+    status, _, _ = vit3d("trace", path, tmp_path / "a.swc", "--channel", 1)
+    assert status == 0
+    assert len(read_swc(tmp_path / "a.swc")) > 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["missing", "truncated zstd", "absurd header", "NaN"])
+def test_a_real_process_refuses_a_bad_stack_too(tmp_path, what):
+    make, sentence = BAD_STACKS[what]
+    path = make(tmp_path)
+    before = files(tmp_path)
+    done = process("trace", path, tmp_path / "a.swc")
+    assert_refused((done.returncode, done.stdout, done.stderr), sentence)
+    assert len(done.stderr.splitlines()) == 1
+    assert files(tmp_path) == before
+
+
+# ------------------------------------------------------------ flags that do not fit
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (("--spacing", "1,2"), "--spacing takes three positive numbers"),
+        (("--spacing", "1,0,1"), "--spacing takes three positive numbers"),
+        (("--spacing", "1,nan,1"), "--spacing takes three positive numbers"),
+        (("--crop", "0:5,0:5"), "--crop takes z0:z1"),
+        (("--crop", "5:2,0:9,0:9"), "is empty"),
+        (("--crop", "50:60,0:9,0:9"), "is empty"),
+        (("--threshold", "high"), "--threshold takes a number"),
+        (("--threshold", "nan"), "--threshold takes a number"),
+        (("--swc-unit", "mm"), "--swc-unit takes um or voxel"),
+    ],
+)
+def test_a_flag_that_does_not_fit_is_refused_before_the_work(vit3d, tmp_path, checkpoint, flags, sentence):
+    path = written(tmp_path / "a.tif")
+    before = files(tmp_path)
+    assert_refused(vit3d("trace", path, tmp_path / "a.swc", *flags), sentence)
+    assert_refused(vit3d("reconstruct", path, "--out", tmp_path / "o", "--model", checkpoint, *flags), sentence)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (("--root", "1,2"), "--root takes X,Y,Z"),
+        (("--root", "1,2,300"), "outside"),
+        (("--root", "nan,2,3"), "outside"),
+        (("--root", "none.marker"), "none.marker: No such file"),
+        (("--polarity", "grey"), "--polarity takes bright or dark"),
+        (("--step-um", "-1"), "step_um"),
+    ],
+)
+def test_a_flag_of_trace_that_does_not_fit_is_refused(vit3d, tmp_path, flags, sentence):
+    path = written(tmp_path / "a.tif")
+    assert_refused(vit3d("trace", path, tmp_path / "a.swc", *flags), sentence)
+    assert files(tmp_path) == {"a.tif"}
+
+
+def test_a_mask_of_another_shape_is_refused(vit3d, tmp_path, checkpoint):
+    path, mask = written(tmp_path / "a.tif"), written(tmp_path / "mask.tif", stack((12, 40, 95)))
+    sentence = r"mask has shape \(12, 40, 95\), the stack \(12, 40, 96\)"
+    before = files(tmp_path)
+    assert_refused(vit3d("trace", path, tmp_path / "a.swc", "--mask", mask), sentence)
+    refused = vit3d("reconstruct", path, "--out", tmp_path / "o", "--model", checkpoint, "--mask", mask)
+    assert_refused(refused, sentence)
+    assert files(tmp_path) == before
+
+
+def test_um_without_a_voxel_size_is_refused_and_voxels_are_warned_of(vit3d, tmp_path):
+    path = written(tmp_path / "a.tif", spacing=None)
+    status, _, said = vit3d("trace", path, tmp_path / "a.swc")
+    assert status == 0
+    assert "a.tif states no voxel size" in said
+    assert read_swc(tmp_path / "a.swc").unit == "voxel"
+    result = vit3d("trace", path, tmp_path / "b.swc", "--swc-unit", "um")
+    assert result[0] == 2
+    assert "--swc-unit um needs the voxel size: add --spacing" in result[2]
+    assert not (tmp_path / "b.swc").exists()
+
+
+@pytest.mark.parametrize("model", ["nosuch", "./nosuch", "not a name"])
+def test_an_unknown_model_is_refused_without_asking_the_hub(vit3d, tmp_path, model):
+    path = written(tmp_path / "a.tif")
+    refused = vit3d("reconstruct", path, "--out", tmp_path / "o", "--model", model)
+    assert_refused(refused, "no folder and no shipped checkpoint")
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_folder_that_is_no_vit3d_checkpoint_is_refused(vit3d, tmp_path, checkpoint):
+    path = written(tmp_path / "a.tif")
+    assert_refused(vit3d("segment", path, tmp_path / "p.tif", "--model", tmp_path), "not a vit3d checkpoint")
+    (tmp_path / "vit").mkdir()
+    (tmp_path / "vit" / "config.json").write_text('{"model_type": "vit"}')
+    assert_refused(vit3d("segment", path, tmp_path / "p.tif", "--model", tmp_path / "vit"), "'vit' checkpoint")
+    config, weights = (Path(checkpoint) / name for name in ("config.json", "model.safetensors"))
+    (tmp_path / "vit" / "config.json").write_text(config.read_text())
+    assert_refused(vit3d("segment", path, tmp_path / "p.tif", "--model", tmp_path / "vit"), "not a vit3d checkpoint")
+    (tmp_path / "vit" / "model.safetensors").write_bytes(weights.read_bytes()[:2000])
+    assert_refused(vit3d("segment", path, tmp_path / "p.tif", "--model", tmp_path / "vit"), "not a vit3d checkpoint")
+    assert not (tmp_path / "p.tif").exists()
+
+
+def test_weights_are_never_unpickled(vit3d, tmp_path, checkpoint):
+    import torch
+    from safetensors.torch import load_file
+
+    path, folder = written(tmp_path / "a.tif"), tmp_path / "pickled"
+    folder.mkdir()
+    (folder / "config.json").write_text((Path(checkpoint) / "config.json").read_text())
+    torch.save(load_file(Path(checkpoint) / "model.safetensors"), folder / "pytorch_model.bin")
+    assert_refused(vit3d("segment", path, tmp_path / "p.tif", "--model", folder), "not a vit3d checkpoint")
+
+
+@pytest.mark.parametrize("device, sentence", [("cuda:64", "CUDA devices"), ("toaster", "--device takes auto")])
+def test_a_device_that_is_not_there_is_refused(vit3d, tmp_path, checkpoint, device, sentence):
+    path = written(tmp_path / "a.tif")
+    refused = vit3d("segment", path, tmp_path / "p.tif", "--model", checkpoint, "--device", device)
+    assert_refused(refused, sentence)
+
+
+def test_what_cannot_be_written_is_refused_before_the_work(vit3d, tmp_path, checkpoint):
+    path = written(tmp_path / "a.tif")
+    swc, taken = line_swc(tmp_path / "a.swc"), tmp_path / "a.tif"
+    before, content = files(tmp_path), path.read_bytes()
+    model = ("--model", checkpoint)
+    assert_refused(vit3d("reconstruct", path, "--out", taken, *model), "a.tif is a file")
+    assert_refused(vit3d("reconstruct", path, "--out", taken / "deeper", *model), "a.tif is a file")
+    assert_refused(vit3d("demo", "--out", taken), "a.tif is a file")
+    assert_refused(vit3d("trace", path, taken), "must end in .swc")
+    assert_refused(vit3d("trace", path, tmp_path / "none" / "a.swc"), "does not exist; make it")
+    assert_refused(vit3d("segment", path, tmp_path / "p.swc", *model), "must end in .tif")
+    assert_refused(vit3d("simulate", tmp_path / "none" / "s.tif"), "does not exist; make it")
+    assert_refused(vit3d("simulate", tmp_path / "s.png"), "must end in .tif")
+    assert_refused(vit3d("convert", swc, tmp_path), "must end in .swc")
+    assert_refused(vit3d("score", swc, swc, "--plot", tmp_path / "d.jpg"), "must end in .png")
+    assert files(tmp_path) == before
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("words", [("bogus",), ("score",), ("trace", "--seed"), ("simulate", "s.tif", "--seed", "x")])
+def test_a_command_spelled_wrongly_exits_with_status_2(vit3d, words):
+    status, _, said = vit3d(*words)
+    assert status == 2
+    assert "Usage" in said
+    assert "Traceback" not in said
+
+
+# ------------------------------------------------------------ trace
+
+
+def test_a_mask_that_is_all_foreground_is_refused_with_the_fraction(vit3d, tmp_path):
+    path = written(tmp_path / "a.tif", np.ones((6, 8, 8), np.uint8))
+    assert_refused(vit3d("trace", path, tmp_path / "a.swc"), r"fraction 1\.0")
+    assert files(tmp_path) == {"a.tif"}
+
+
+def test_an_empty_stack_gives_an_empty_tree_in_words_that_scores_recall_0(vit3d, tmp_path):
+    path = written(tmp_path / "a.tif", np.zeros((6, 8, 8), np.uint8))
+    status, _, said = vit3d("trace", path, tmp_path / "a.swc")
+    assert status == 0
+    assert "the tree is empty" in said
+    tree = read_swc(tmp_path / "a.swc")
+    assert (len(tree), tree.unit, tree.spacing_um) == (0, "um", SPACING)
+    status, printed, _ = vit3d("score", tmp_path / "a.swc", line_swc(tmp_path / "gold.swc"), "--json")
+    scores = json.loads(printed, parse_constant=pytest.fail)  # infinity is no JSON
+    assert (status, scores["recall"], scores["f1"], scores["esa"]) == (0, 0, 0, None)
+
+
+def test_trace_finds_the_line_in_um_and_says_so(vit3d, tmp_path):
+    status, printed, _ = vit3d("trace", written(tmp_path / "a.tif"), tmp_path / "a.swc")
+    tree = read_swc(tmp_path / "a.swc")
+    assert status == 0
+    assert (tree.unit, tree.spacing_um, tree.num_roots) == ("um", SPACING, 1)
+    assert tree.cable_length == pytest.approx(40, abs=2)
+    assert printed.splitlines()[0].split()[:4] == ["name", "nodes", "trees", "cable_um"]
+    assert (tmp_path / "a_review.csv").read_text().startswith("kind,x_um,y_um,z_um,length_um,confidence")
+
+
+def test_dark_neurites_on_a_bright_ground_give_the_same_tree(vit3d, tmp_path):
+    vit3d("trace", written(tmp_path / "a.tif"), tmp_path / "a.swc")
+    vit3d("trace", written(tmp_path / "b.tif", 255 - stack()), tmp_path / "b.swc", "--polarity", "dark")
+    np.testing.assert_allclose(read_swc(tmp_path / "a.swc").points, read_swc(tmp_path / "b.swc").points)
+
+
+def test_a_crop_gives_a_tree_in_coordinates_of_the_whole_stack(vit3d, tmp_path):
+    path = written(tmp_path / "a.tif")
+    vit3d("trace", path, tmp_path / "a.swc", "--swc-unit", "voxel")
+    vit3d("trace", path, tmp_path / "b.swc", "--crop", "2:11,10:30,4:", "--swc-unit", "voxel")
+    whole, part = read_swc(tmp_path / "a.swc"), read_swc(tmp_path / "b.swc")
+    assert part.unit == "voxel"
+    for low, high in ((whole.points.min(0), part.points.min(0)), (whole.points.max(0), part.points.max(0))):
+        np.testing.assert_allclose(low, high, atol=1)
+    vit3d("trace", path, tmp_path / "c.swc", "--crop", "2:11,10:30,4:", "--swc-unit", "voxel", "--root", "86,20,6")
+    rooted = read_swc(tmp_path / "c.swc")
+    assert abs(rooted.points[rooted.parents < 0] - [6, 20, 86]).max() <= 4
+
+
+def test_nothing_is_traced_outside_the_mask(vit3d, tmp_path):
+    inside = np.zeros(stack().shape, np.uint8)
+    inside[:, :, :44] = 1
+    mask = written(tmp_path / "mask.tif", inside, None)
+    vit3d("trace", written(tmp_path / "a.tif"), tmp_path / "a.swc", "--mask", mask, "--swc-unit", "voxel")
+    assert 40 <= read_swc(tmp_path / "a.swc").points[:, 2].max() < 44
+
+
+def test_a_marker_counts_from_1_and_a_root_from_0(tmp_path):
+    (tmp_path / "a.marker").write_text("# x, y, z\n87, 21, 7, 0, 1\n")
+    box = (slice(2, 11), slice(10, 30), slice(4, 96))
+    assert root_of("86,20,6", box, SPACING) == (4.0, 5.0, 41.0)
+    assert root_of(str(tmp_path / "a.marker"), box, SPACING) == (4.0, 5.0, 41.0)
+    assert root_of("86,20,6", box, None) == (4.0, 10.0, 82.0)
