@@ -1,0 +1,199 @@
+"""Gaps: which fragments of a traced neuron belong together, and the route from one to the other."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.ndimage import gaussian_filter, gaussian_filter1d
+from scipy.spatial import cKDTree
+
+from vit3d.tree import NeuronTree
+from vit3d.volume import Volume
+
+_TURN = 2.0  # a gap met at a right angle counts as (1 + _TURN) times its length
+_MIN_COSINE = 0.3  # no fragment turns more than this (72 degrees) across a gap ...
+_BLIND_STEPS = 2.0  # ... unless the gap is so short that voxels say nothing about directions
+_AIM_STEPS = 6.0  # in-plane voxels behind a tip that give its direction
+_SLACK_STEPS = 1.5  # ends are known to about a voxel
+_TRUST = 1.5  # a fragment bridges no gap longer than its own extent times this
+
+
+@dataclass(frozen=True)
+class Join:
+    """A bridge from the tip of one fragment to a node of another, both rows of the forest."""
+
+    tip: int
+    target: int
+    gap: float
+
+
+def join_fragments(
+    forest: NeuronTree, volume: Volume, probability: Callable, step: np.ndarray, max_gap: float
+) -> tuple[NeuronTree, list[np.ndarray]]:
+    """One root per connected neuron: fragments joined, cheapest gap first, and the rows of each bridge, ends included.
+
+    A gap is measured between the surfaces of its two ends, in the unit of the forest. Its cost is its length,
+    times what it turns, less what the volume (`probability` of its voxels) shows of it.
+    """
+    fragment = forest.root_of
+    joins = _candidates(forest, fragment, volume, probability, step, max_gap)
+    group = np.arange(len(forest))
+    bridges, used = [], set()
+    for join in joins:
+        ends = [_find(group, fragment[row]) for row in (join.tip, join.target)]
+        if ends[0] == ends[1] or join.tip in used:
+            continue
+        group[ends[0]] = ends[1]
+        used |= {join.tip, join.target}
+        forest, bridge = _bridge(forest, join, volume, probability, step)
+        bridges.append(np.array([join.target, *bridge, join.tip]))
+    return forest, bridges
+
+
+def _find(group: np.ndarray, row: int) -> int:
+    while group[row] != row:
+        group[row] = group[group[row]]
+        row = group[row]
+    return row
+
+
+def _candidates(forest, fragment, volume, probability, step, max_gap) -> list[Join]:
+    """Every plausible join, cheapest first: for each tip the best node of each other fragment."""
+    tips, heading = _tips(forest, _AIM_STEPS * step.min())
+    extent = _extents(forest, fragment)
+    if max_gap <= 0 or not len(tips) or (fragment == fragment[0]).all():
+        return []
+    outward = np.zeros_like(forest.points)
+    outward[tips] = heading
+    behind = _behind_tips(forest, tips, _AIM_STEPS * step.min())
+    everything = cKDTree(forest.points)
+    widest = np.minimum(forest.radii.max(), 2 * max_gap)
+    joins = []
+    for tip, near in zip(
+        tips, everything.query_ball_point(forest.points[tips], max_gap + forest.radii[tips] + widest), strict=True
+    ):
+        near = np.array(near)
+        near = near[(fragment[near] != fragment[tip]) & ~behind[near]]
+        if not len(near):
+            continue
+        across = forest.points[near] - forest.points[tip]
+        length = np.linalg.norm(across, axis=1)
+        gap = np.maximum(length - forest.radii[near] - forest.radii[tip], step.min())
+        ahead = (across @ outward[tip]) / np.maximum(length, 1e-9)
+        facing = np.where(
+            outward[near].any(1), -np.einsum("ij,ij->i", across, outward[near]) / np.maximum(length, 1e-9), 1.0
+        )
+        seen = _seen_between(forest.points[tip], forest.points[near], volume, probability, step)
+        blind = gap <= _BLIND_STEPS * step.min()
+        cost = gap * (1 + _TURN * (1 - ahead) + _TURN * (1 - facing) / 2) * (1.2 - seen)
+        allowed = (gap <= max_gap + _SLACK_STEPS * step.min()) & (
+            blind | ((ahead > _MIN_COSINE) & (facing > -_MIN_COSINE))
+        )
+        allowed &= gap <= _TRUST * np.minimum(extent[fragment[near]], extent[fragment[tip]])
+        for other in np.unique(fragment[near[allowed]]):
+            rows = np.flatnonzero(allowed & (fragment[near] == other))
+            best = rows[cost[rows].argmin()]
+            joins.append((cost[best], Join(int(tip), int(near[best]), float(gap[best]))))
+    return [join for _, join in sorted(joins, key=lambda pair: (pair[0], pair[1].tip))]
+
+
+def _tips(forest: NeuronTree, behind: float) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of all ends, roots included, and the unit vectors along which the cable would go on."""
+    tips = np.flatnonzero(forest.degree == 1)
+    child = np.full(len(forest), -1)
+    child[forest.parents[forest.edges]] = forest.edges
+    heading = np.zeros((len(tips), 3))
+    for n, tip in enumerate(tips):
+        onward = forest.parents if forest.parents[tip] >= 0 else child
+        row, travelled = tip, 0.0
+        while travelled < behind and onward[row] >= 0:
+            travelled += float(np.linalg.norm(forest.points[onward[row]] - forest.points[row]))
+            row = onward[row]
+        heading[n] = forest.points[tip] - forest.points[row]
+    return tips, heading / np.maximum(np.linalg.norm(heading, axis=1, keepdims=True), 1e-9)
+
+
+def _behind_tips(forest: NeuronTree, tips: np.ndarray, reach: float) -> np.ndarray:
+    """(N,) bool: nodes so close behind a tip that a bridge which meets them means the tip."""
+    behind = np.zeros(len(forest), bool)
+    child = np.full(len(forest), -1)
+    child[forest.parents[forest.edges]] = forest.edges
+    inner = forest.degree == 2
+    for tip in tips:
+        onward = forest.parents if forest.parents[tip] >= 0 else child
+        row, travelled = tip, 0.0
+        while travelled < reach + forest.radii[tip] and onward[row] >= 0 and inner[onward[row]]:
+            travelled += float(np.linalg.norm(forest.points[onward[row]] - forest.points[row]))
+            row = onward[row]
+            behind[row] = True
+    return behind
+
+
+def _extents(forest: NeuronTree, fragment: np.ndarray) -> np.ndarray:
+    """(N,) by the row of a fragment's root: its cable plus the caps of its thickest node."""
+    cable = np.bincount(fragment[forest.edges], forest.edge_lengths, len(forest))
+    thickest = np.zeros(len(forest))
+    np.maximum.at(thickest, fragment, forest.radii)
+    return cable + 2 * thickest
+
+
+def _seen_between(start, ends, volume, probability, step) -> np.ndarray:
+    """(len(ends),) mean probability on the straight lines from `start` (3,) to `ends` (N, 3)."""
+    fraction = np.linspace(0.15, 0.85, 8)
+    points = start + fraction[None, :, None] * (ends[:, None] - start)
+    index = np.clip(np.rint(points / step).astype(int), 0, np.array(volume.shape) - 1)
+    low, high = index.min((0, 1)), index.max((0, 1)) + 1
+    box = np.asarray(volume.voxels[tuple(slice(a, b) for a, b in zip(low, high, strict=True))])
+    return probability(box[tuple(np.moveaxis(index - low, -1, 0))]).mean(1)
+
+
+def _bridge(forest, join, volume, probability, step) -> tuple[NeuronTree, np.ndarray]:
+    """The forest with the tip's fragment hung onto the target, and the rows of the new nodes between them."""
+    forest = forest.rerooted(join.tip)
+    route, seen = _route(forest.points[join.target], forest.points[join.tip], volume, probability, step)
+    number = len(route)
+    rows = len(forest) + np.arange(number)
+    parents = np.concatenate([forest.parents, np.append(join.target, rows)[:number]])
+    parents[join.tip] = rows[-1] if number else join.target
+    radii = np.linspace(forest.radii[join.target], forest.radii[join.tip], number + 2)[1:-1]
+    return (
+        replace(
+            forest,
+            points=np.concatenate([forest.points, route]),
+            radii=np.concatenate([forest.radii, np.minimum(radii, forest.radii[join.tip])]),
+            parents=parents,
+            types=np.concatenate([forest.types, np.zeros(number, int)]),
+            confidence=np.concatenate([forest.confidence, seen]),
+        ),
+        rows,
+    )
+
+
+def _route(start, stop, volume, probability, step) -> tuple[np.ndarray, np.ndarray]:
+    """Points strictly between two ends, about a voxel apart, along the most probable route; and what is seen there."""
+    low = np.floor(np.minimum(start, stop) / step).astype(int) - 3
+    high = np.ceil(np.maximum(start, stop) / step).astype(int) + 4
+    low, high = np.maximum(low, 0), np.minimum(high, volume.shape)
+    seen = probability(volume.voxels[tuple(slice(a, b) for a, b in zip(low, high, strict=True))])
+    count = max(int(np.linalg.norm(stop - start) / step.min()), 1)
+    points = start + np.linspace(0, 1, count + 1)[1:-1, None] * (stop - start)
+    if ((seen > 0) & (seen < 1)).any():  # a mask says nothing about its gaps
+        points = _most_probable(start, stop, seen, low, step, count)
+    index = np.clip(np.rint(points / step).astype(int) - low, 0, np.array(seen.shape) - 1)
+    return points, seen[tuple(index.T)].astype(np.float64)
+
+
+def _most_probable(start, stop, seen, low, step, count) -> np.ndarray:
+    from skimage.graph import MCP_Geometric
+
+    ends = [np.clip(np.rint(end / step).astype(int) - low, 0, np.array(seen.shape) - 1) for end in (start, stop)]
+    ridge = gaussian_filter(seen, step.min() / step)  # so that the middle is the cheapest
+    finder = MCP_Geometric(1 / (0.05 + ridge) ** 2, sampling=tuple(step))
+    finder.find_costs([ends[0]], [ends[1]])
+    path = (np.array(finder.traceback(ends[1])) + low) * step
+    path = np.concatenate([start[None], path[1:-1], stop[None]])
+    smooth = gaussian_filter1d(path, 1.5, axis=0, mode="nearest")
+    smooth[[0, -1]] = start, stop
+    along = np.append(0, np.cumsum(np.linalg.norm(np.diff(smooth, axis=0), axis=1)))
+    wanted = np.linspace(0, along[-1], count + 1)[1:-1]
+    return np.column_stack([np.interp(wanted, along, column) for column in smooth.T])

@@ -1,0 +1,247 @@
+"""VERB trace: probability, mask or intensity Volume -> NeuronTree."""
+
+import math
+import warnings
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.spatial import cKDTree
+
+from vit3d.foreground import Foreground, find_foreground, find_level, smoothed
+from vit3d.joining import join_fragments
+from vit3d.morphometry import resample
+from vit3d.skeleton import skeletonize
+from vit3d.tree import SOMA, NeuronTree, follow
+from vit3d.volume import Volume
+
+_DUST_VOXELS = 6  # smaller components are noise
+_GAP_VOXELS = 10  # in-plane voxels bridged by default
+_SOMA_FACTORS = (3.0, 1.8)  # a soma is this much thicker than the median and the 90th percentile of the neurites
+_SOMA_MIN_VOXELS = 4.0
+_WEAK = 0.6  # a weak spot has less than this share of the tree's median confidence
+
+
+@dataclass(frozen=True)
+class Review:
+    """A place for a proofreader: `kind` "join" or "weak", its centre (z, y, x), its length and its confidence.
+
+    A join is measured between the surfaces of the two ends.
+    """
+
+    kind: str
+    point: tuple[float, float, float]
+    length: float
+    confidence: float
+
+
+def trace(
+    volume: Volume,
+    *,
+    threshold: float | str = "auto",
+    root: tuple[float, float, float] | None = None,
+    min_branch_um: float | None = None,
+    max_gap_um: float | None = None,
+    forest: bool = False,
+    step_um: float | None = None,
+) -> NeuronTree:
+    """The tree of the neuron in a probability, a mask or an intensity volume.
+
+    Coordinates, lengths and the tree are in um where the volume knows its spacing, else in voxels (then read
+    every `_um` here as voxels too). Parents come before children; `confidence` is the mean probability around
+    each node; a soma, where a blob stands out, is one node of type 1.
+
+    threshold: foreground lies above it; "auto" is 0.5 for a probability, and for intensities, which are smoothed
+    by about a voxel first, it is found.
+    root: (z, y, x); the tree then starts at the nearest foreground. Default: the soma or the thickest point.
+    min_branch_um: side branches that reach less than this beyond their parent's surface are left out.
+    max_gap_um: longest gap that is bridged; 10 in-plane voxels by default, 0 for none.
+    forest: keep what cannot be joined as trees of their own, instead of dropping it.
+    step_um: distance of nodes; branch points and tips stay in place. Default: about a voxel.
+
+    Raises ValueError for NaN, for a volume that is all foreground and for a root outside the volume. A volume
+    without foreground gives an empty tree and a warning.
+    """
+    return trace_with_review(
+        volume,
+        threshold=threshold,
+        root=root,
+        min_branch_um=min_branch_um,
+        max_gap_um=max_gap_um,
+        forest=forest,
+        step_um=step_um,
+    )[0]
+
+
+def trace_with_review(
+    volume: Volume,
+    *,
+    threshold: float | str = "auto",
+    root: tuple[float, float, float] | None = None,
+    min_branch_um: float | None = None,
+    max_gap_um: float | None = None,
+    forest: bool = False,
+    step_um: float | None = None,
+) -> tuple[NeuronTree, list[Review]]:
+    """As `trace`, with the joins and weak spots that deserve a look, least confident first."""
+    _check(volume, root, min_branch_um, max_gap_um, step_um)
+    unit = "um" if volume.spacing_um else "voxel"
+    level = find_level(volume.voxels, threshold)
+    if threshold == "auto" and not level.is_probability:
+        volume = smoothed(volume)
+        level = find_level(volume.voxels)
+    foreground = find_foreground(volume, level)
+    if not len(foreground):
+        warnings.warn(f"No voxel lies above the threshold {level.threshold:g}: the tree is empty.", stacklevel=3)
+        return NeuronTree.empty(unit, volume.spacing_um), []
+    foreground = _without_dust(foreground)
+    step = np.array(volume.spacing_um or (1.0, 1.0, 1.0))
+    tree = skeletonize(foreground, min_branch_um or 0.0)
+    tree = replace(tree, unit=unit, spacing_um=volume.spacing_um)
+    gap = _GAP_VOXELS * step[1:].min() if max_gap_um is None else max_gap_um
+    tree, bridges = join_fragments(tree, volume, level.probability, step, gap)
+    tree, bridges = _neuron(tree, bridges, root, forest)
+    reviews = _joins(tree, bridges) + _weak_spots(tree, bridges)
+    tree = with_soma(tree, foreground) if root is None else tree
+    tree = tree.sorted() if step_um is None else resample(tree, step_um)
+    return tree, sorted(reviews, key=lambda review: review.confidence)
+
+
+def _check(volume, root, *lengths_um) -> None:
+    for name, length in zip(("min_branch_um", "max_gap_um", "step_um"), lengths_um, strict=True):
+        if length is not None and not (math.isfinite(length) and length >= 0):
+            raise ValueError(f"`{name}` must be a length >= 0, got {length}.")
+    if root is None:
+        return
+    step = np.array(volume.spacing_um or (1.0, 1.0, 1.0))
+    place = np.asarray(root, float) / step
+    if place.shape != (3,) or not ((place >= -0.5) & (place <= np.array(volume.shape) - 0.5)).all():
+        extent = " x ".join(f"{size:g}" for size in (np.array(volume.shape) - 1) * step)
+        unit = "um" if volume.spacing_um else "voxels"
+        raise ValueError(f"`root` {tuple(root)} lies outside the volume of {extent} {unit} (z, y, x).")
+
+
+def _without_dust(foreground: Foreground) -> Foreground:
+    """The foreground without tiny components."""
+    component = foreground.components()
+    size = np.bincount(component)
+    keep = size >= min(_DUST_VOXELS, size.max())
+    return foreground if keep.all() else foreground.select(keep[component])
+
+
+def _neuron(tree: NeuronTree, bridges: list[np.ndarray], root, forest: bool) -> tuple[NeuronTree, list[np.ndarray]]:
+    """The tree with most cable, or the one at `root`, and its bridges; with `forest` every tree, that one first.
+
+    Each is rooted at its thickest node, or at the node nearest to `root`.
+    """
+    part = tree.root_of
+    cable = np.bincount(part[tree.edges], tree.edge_lengths, len(tree))
+    nearest = None if root is None else int(np.linalg.norm(tree.points - np.array(root), axis=1).argmin())
+    main = int(cable.argmax()) if root is None else part[nearest]
+    tops = [] if root is None else [nearest]
+    for other in np.unique(part) if forest or root is None else []:
+        if other != (None if root is None else main):
+            rows = np.flatnonzero(part == other)
+            tops.append(rows[tree.radii[rows].argmax()])
+    rows = np.concatenate([np.flatnonzero(part == main), np.flatnonzero(part != main) if forest else []]).astype(int)
+    new_row = np.full(len(tree), -1)
+    new_row[rows] = np.arange(len(rows))
+    bridges = [new_row[bridge] for bridge in bridges if new_row[bridge[0]] >= 0]
+    return tree.rerooted(tops).take(rows), bridges
+
+
+def _joins(tree: NeuronTree, bridges: list[np.ndarray]) -> list[Review]:
+    reviews = []
+    for bridge in bridges:
+        points, confidence = tree.points[bridge], tree.confidence[bridge]
+        ends = points[[0, -1]]
+        outside = (np.linalg.norm(points[:, None] - ends, axis=2) > tree.radii[bridge[[0, -1]]]).all(1)
+        outside = outside if outside.any() else confidence == confidence.min()
+        length = np.linalg.norm(np.diff(points, axis=0), axis=1).sum() - tree.radii[bridge[[0, -1]]].sum()
+        middle = tuple(points[outside].mean(0).tolist())
+        reviews.append(Review("join", middle, max(float(length), 0.0), float(confidence[outside].mean())))
+    return reviews
+
+
+def _weak_spots(tree: NeuronTree, bridges: list[np.ndarray]) -> list[Review]:
+    """One entry per run of at least two neighbouring nodes whose confidence is far below the tree's median."""
+    weak = tree.confidence < _WEAK * np.median(tree.confidence)
+    for bridge in bridges:
+        weak[bridge] = False
+    tied = weak & (tree.parents >= 0) & weak[tree.parents]
+    run = follow(np.where(tied, tree.parents, np.arange(len(tree))))
+    length = np.zeros(len(tree))
+    np.add.at(length, run[tied], np.linalg.norm(tree.points[tied] - tree.points[tree.parents[tied]], axis=1))
+    reviews = []
+    for top in np.flatnonzero(length):
+        rows = np.flatnonzero(weak & (run == top))
+        middle = tuple(tree.points[rows].mean(0).tolist())
+        reviews.append(Review("weak", middle, float(length[top]), float(tree.confidence[rows].mean())))
+    return reviews
+
+
+def with_soma(tree: NeuronTree, foreground: Foreground) -> NeuronTree:
+    """The tree with a soma as its root, where a blob stands out from the neurites; else the same tree.
+
+    The soma is one node of type 1 at the blob's centre, with the radius of a ball of its volume. Nodes inside it
+    go; each neurite that leaves it starts with a node on its surface.
+    """
+    thickest = int(tree.radii.argmax())
+    radius = tree.radii[thickest]
+    outside = np.linalg.norm(tree.points - tree.points[thickest], axis=1) > 1.5 * radius
+    if not outside.any():
+        return tree
+    usual = [f * np.percentile(tree.radii[outside], q) for f, q in zip(_SOMA_FACTORS, (50, 90), strict=True)]
+    if radius < max(*usual, _SOMA_MIN_VOXELS * foreground.step.min()):
+        return tree
+    radius = min(radius, float(foreground.depth.max()))
+    core = _core(foreground, tree.points[thickest], radius / 2)
+    inside = core.query(tree.points, distance_upper_bound=radius / 2)[0] <= radius / 2
+    tree = tree.rerooted(thickest)
+    inside &= (
+        follow(np.where(inside & (tree.parents >= 0) & inside[tree.parents], tree.parents, np.arange(len(tree))))
+        == thickest
+    )
+    body = foreground.points
+    body = body[(np.abs(body - tree.points[thickest]) <= 4 * radius).all(1)]
+    body = body[core.query(body, distance_upper_bound=radius / 2)[0] <= radius / 2]
+    equivalent = (3 * len(body) * foreground.step.prod() / (4 * math.pi)) ** (1 / 3)
+    return _collapse(tree, inside, thickest, body.mean(0), equivalent, core, radius / 2)
+
+
+def _core(foreground: Foreground, centre: np.ndarray, depth: float) -> cKDTree:
+    """The voxels deeper than this that are connected to the one at the centre."""
+    deep = foreground.select(foreground.depth >= depth)
+    component = deep.components()
+    points = deep.points
+    return cKDTree(points[component == component[np.linalg.norm(points - centre, axis=1).argmin()]])
+
+
+def _collapse(tree, inside, top, centre, radius, core, margin) -> NeuronTree:
+    """The nodes inside become one soma; each edge out of it begins on the surface."""
+    leaving = np.flatnonzero(~inside & (tree.parents >= 0) & inside[tree.parents])
+    points = tree.points.copy()
+    starts = points[tree.parents[leaving]]
+    low, high = np.zeros(len(leaving)), np.ones(len(leaving))
+    for _ in range(12):
+        middle = (low + high) / 2
+        out = core.query(starts + middle[:, None] * (points[leaving] - starts))[0] > margin
+        low, high = np.where(out, low, middle), np.where(out, middle, high)
+    surface = starts + low[:, None] * (points[leaving] - starts)
+    count = len(tree)
+    parents = tree.parents.copy()
+    parents[leaving] = count + np.arange(len(leaving))
+    types = tree.types.copy()
+    types[top], points[top] = SOMA, centre
+    radii = tree.radii.copy()
+    radii[top] = radius
+    whole = replace(
+        tree,
+        points=np.concatenate([points, surface]),
+        radii=np.concatenate([radii, tree.radii[leaving]]),
+        parents=np.concatenate([parents, np.full(len(leaving), top)]),
+        types=np.concatenate([types, np.zeros(len(leaving), int)]),
+        confidence=np.concatenate([tree.confidence, tree.confidence[leaving]]),
+    )
+    keep = np.append(~inside, np.ones(len(leaving), bool))
+    keep[top] = True
+    return whole.take(np.flatnonzero(keep))

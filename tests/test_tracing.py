@@ -1,0 +1,340 @@
+"""Tracing: drawn neurites come back with their length, place, radius and branches, however the volume lies."""
+
+import warnings
+
+import numpy as np
+import pytest
+from scipy.spatial import cKDTree
+
+from vit3d.foreground import find_foreground, find_level
+from vit3d.targets import paint
+from vit3d.tracing import trace, trace_with_review
+from vit3d.tree import SOMA, NeuronTree
+from vit3d.volume import Volume
+
+SPACINGS = [None, (1.0, 1.0, 1.0), (3.0, 1.0, 1.0), (1.0, 3.0, 1.0), (1.0, 0.33, 0.33)]
+
+
+def polyline(points, radius, spacing_um=None) -> NeuronTree:
+    """A neurite through the points (N, 3), in um when a spacing is given."""
+    points = np.asarray(points, float)
+    parents = np.arange(len(points)) - 1
+    unit = "um" if spacing_um else "voxel"
+    return NeuronTree(points, np.full(len(points), float(radius)), parents, unit=unit, spacing_um=spacing_um)
+
+
+def together(*trees: NeuronTree) -> NeuronTree:
+    """Several trees as one forest."""
+    starts = np.cumsum([0] + [len(tree) for tree in trees[:-1]])
+    parents = [np.where(t.parents < 0, -1, t.parents + s) for t, s in zip(trees, starts, strict=True)]
+    return NeuronTree(
+        np.concatenate([t.points for t in trees]),
+        np.concatenate([t.radii for t in trees]),
+        np.concatenate(parents),
+        unit=trees[0].unit,
+        spacing_um=trees[0].spacing_um,
+    )
+
+
+def helix(spacing_um=None) -> NeuronTree:
+    """A slow turn through all directions, 100 to 110 units long, inside 24 x 48 x 72 units."""
+    t = np.linspace(0, 1, 200)
+    points = np.stack([8 + 8 * t, 24 + 14 * np.cos(5 * t), 8 + 56 * t + 3 * np.sin(5 * t)], axis=1)
+    return polyline(points, 3.0, spacing_um)
+
+
+def y_tree() -> NeuronTree:
+    """A stem of 40 voxels that forks at (16, 32, 48) into two arms of 34."""
+    stem = polyline(np.linspace((16, 32, 8), (16, 32, 48), 41), 2.0)
+    up = polyline(np.linspace((16, 32, 48), (16, 8, 72), 35), 2.0)
+    down = polyline(np.linspace((16, 32, 48), (16, 56, 72), 35), 2.0)
+    return together(stem, up, down)
+
+
+def farthest(a: NeuronTree, b: NeuronTree) -> float:
+    """Hausdorff distance of two trees, sampled every half unit."""
+    p, q = a.sampled(0.5), b.sampled(0.5)
+    return max(cKDTree(p).query(q)[0].max(), cKDTree(q).query(p)[0].max())
+
+
+@pytest.mark.parametrize("spacing_um", SPACINGS)
+def test_a_tube_of_known_length_is_traced_within_2_percent(spacing_um):
+    gold = helix(spacing_um)
+    shape = tuple(np.ceil(np.array((24, 48, 72)) / (spacing_um or (1, 1, 1))).astype(int))
+    tree = trace(Volume(paint(gold, shape), spacing_um))
+    assert tree.unit == ("um" if spacing_um else "voxel")
+    assert tree.num_tips + (tree.degree[0] == 1) == 2
+    assert tree.cable_length == pytest.approx(gold.cable_length, rel=0.02)
+    assert farthest(tree, gold) < 1.5 * max(spacing_um or (1,))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_coarse_axis_leaves_length_and_place_alone_whichever_it_is(axis):
+    gold = helix((1.0, 1.0, 1.0))
+    spacing_um = tuple(np.roll((3.0, 1.0, 1.0), axis))
+    gold = NeuronTree(np.roll(gold.points, axis, 1), gold.radii, gold.parents, unit="um", spacing_um=spacing_um)
+    shape = tuple(np.ceil(np.roll((24, 48, 72), axis) / spacing_um).astype(int))
+    tree = trace(Volume(paint(gold, shape), spacing_um))
+    assert tree.cable_length == pytest.approx(gold.cable_length, rel=0.02)
+    assert farthest(tree, gold) < 1.5
+
+
+def test_no_edge_jumps_on_a_ragged_neurite(shared):
+    from scipy.ndimage import gaussian_filter
+    from tifffile import imread
+
+    voxels = gaussian_filter(imread(shared / "data/op/OP_6.tif").astype(np.float32), (0.7, 1, 1))
+    tree = trace(Volume(voxels, (1.0, 0.33, 0.33)), threshold=22.9, max_gap_um=0).to("voxel")
+    assert tree.edge_lengths.max() < 20
+
+
+@pytest.mark.parametrize("cut", [20, 40, 60])
+def test_a_flat_end_costs_about_its_radius_and_bends_the_tree_by_less_than_half_of_it(cut):
+    mask = paint(polyline([(12, 20, 10), (12, 20, 80)], 3.0), (24, 40, 90))
+    mask[:, :, cut:] = False
+    ends = trace(Volume(mask)).points[:, 2]
+    assert ends.min() == pytest.approx(10, abs=1)
+    assert cut - 5 < ends.max() < cut
+    assert cKDTree([(12, 20)]).query(trace(Volume(mask)).points[:, :2])[0].max() < 1.5
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)])
+@pytest.mark.parametrize("flips", [(), (0,), (1, 2)])
+def test_flips_and_transpositions_of_the_input_give_the_same_tree(axes, flips):
+    mask = paint(y_tree(), (32, 64, 80))
+    mask[20, 10:30, 60] = True  # a whisker, so that the neuron is not its own mirror image
+    there = np.flip(np.transpose(mask, axes), flips)
+    tree, again = trace(Volume(mask)), trace(Volume(np.ascontiguousarray(there)))
+    for axis in flips:
+        again = again.flipped(axis, there.shape[axis] - 1)
+    points = np.empty_like(again.points)
+    points[:, list(axes)] = again.points
+    assert len(points) == len(tree)
+    assert cKDTree(tree.points).query(points)[0].max() < 1e-6
+
+
+@pytest.mark.parametrize("radius", [2.0, 3.0, 5.0])
+def test_radii_of_a_tube_are_within_half_a_voxel(radius):
+    gold = polyline(np.linspace((16, 12, 10), (16, 50, 90), 80), radius)
+    tree = trace(Volume(paint(gold, (32, 64, 100))))
+    inner = (tree.points[:, 2] > 15) & (tree.points[:, 2] < 85)
+    assert np.abs(tree.radii[inner] - radius).max() < 0.5
+
+
+def test_a_y_has_one_branch_point_where_it_forks_and_three_ends():
+    tree = trace(Volume(paint(y_tree(), (32, 64, 80))))
+    forks = tree.points[tree.degree == 3]
+    assert len(forks) == 1
+    assert np.linalg.norm(forks[0] - (16, 32, 48)) < 3
+    assert (tree.degree == 1).sum() == 3
+
+
+def test_the_result_is_one_tree_with_parents_before_children_and_a_confidence():
+    tree = trace(Volume(0.8 * paint(y_tree(), (32, 64, 80)).astype(np.float32)))
+    assert tree.num_roots == 1
+    assert tree.parents[0] == -1
+    assert (tree.parents[1:] < np.arange(1, len(tree))).all()
+    np.testing.assert_allclose(tree.confidence, 0.8, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [
+    lambda mask: mask,
+    lambda mask: mask.astype(np.uint8) * 255,
+    lambda mask: mask.astype(np.uint8),
+    lambda mask: mask.astype(np.float32),
+    lambda mask: mask.astype(np.uint16) * 1000,
+], ids=["bool", "0/255", "0/1", "float", "uint16"])  # fmt: skip
+def test_every_kind_of_mask_gives_the_same_tree(make):
+    mask = paint(y_tree(), (32, 64, 80))
+    tree, other = trace(Volume(mask)), trace(Volume(make(mask)))
+    np.testing.assert_array_equal(tree.points, other.points)
+
+
+def test_the_tree_starts_at_the_root_that_is_asked_for():
+    tree = trace(Volume(paint(y_tree(), (32, 64, 80)), (2.0, 1.0, 1.0)), root=(32.0, 8.0, 72.0))
+    assert np.linalg.norm(tree.points[0] - (32, 8, 72)) < 4
+    assert tree.num_roots == 1
+
+
+def test_a_gap_along_a_neurite_is_bridged_and_listed():
+    mask = paint(helix(), (24, 48, 72))
+    whole = trace(Volume(mask))
+    mask[:, :, 34:42] = False
+    tree, reviews = trace_with_review(Volume(mask))
+    assert tree.num_roots == 1
+    assert farthest(tree, whole) < 2.5
+    joins = [review for review in reviews if review.kind == "join"]
+    assert len(joins) == 1
+    assert 33 < joins[0].point[2] < 42
+    assert 6 < joins[0].length < 16
+
+
+def test_a_gap_is_left_open_when_it_is_longer_than_allowed_and_forest_keeps_both_sides():
+    mask = paint(helix(), (24, 48, 72))
+    mask[:, :, 34:42] = False
+    tree = trace(Volume(mask), max_gap_um=3)
+    both = trace(Volume(mask), max_gap_um=3, forest=True)
+    assert (tree.num_roots, both.num_roots) == (1, 2)
+    assert both.cable_length > 1.5 * tree.cable_length
+    np.testing.assert_array_equal(both.points[: len(tree)], tree.points)
+
+
+def test_a_join_follows_the_faint_bridge_and_reports_its_probability():
+    a, b = polyline([(8, 30, 6), (8, 20, 26)], 2.0), polyline([(8, 20, 34), (8, 30, 54)], 2.0)
+    faint = polyline([(8, 20, 26), (8, 16, 30), (8, 20, 34)], 1.5)
+    probability = np.maximum(paint(together(a, b), (16, 48, 60)), 0.3 * paint(faint, (16, 48, 60)))
+    tree, reviews = trace_with_review(Volume(probability.astype(np.float32)))
+    (join,) = [review for review in reviews if review.kind == "join"]
+    assert tree.num_roots == 1
+    assert 0.15 < join.confidence < 0.45
+    assert np.abs(tree.points - (8, 16.5, 30)).max(1).min() < 2
+
+
+def test_neurites_side_by_side_are_not_joined_across():
+    a, b = polyline([(8, 12, 6), (8, 12, 54)], 2.0), polyline([(8, 24, 6), (8, 24, 54)], 2.0)
+    assert trace(Volume(paint(together(a, b), (16, 36, 60))), forest=True).num_roots == 2
+
+
+def test_a_bump_is_no_branch_and_min_branch_um_prunes_longer_ones():
+    stem = polyline(np.linspace((12, 30, 6), (12, 30, 90), 85), 3.0)
+    bump, twig = polyline([(12, 30, 30), (12, 34, 30)], 1.0), polyline([(12, 30, 60), (12, 44, 60)], 1.5)
+    volume = Volume(paint(together(stem, bump, twig), (24, 60, 96)))
+    assert trace(volume).num_branch_points == 1
+    assert trace(volume, min_branch_um=14.0).num_branch_points == 0
+
+
+def test_salt_noise_adds_no_tree_and_hardly_any_cable():
+    rng = np.random.default_rng(0)
+    mask = paint(y_tree(), (32, 64, 80))
+    clean = trace(Volume(mask))
+    noisy = trace(Volume(mask | (rng.random(mask.shape) < 0.01)))
+    assert noisy.num_roots == 1
+    assert noisy.cable_length == pytest.approx(clean.cable_length, rel=0.08)
+    assert farthest(noisy, clean) < 6
+
+
+def test_a_soma_is_one_node_at_its_centre_and_neurites_start_on_its_surface():
+    centre, radius = np.array([20.0, 32.0, 40.0]), 9.0
+    arms = [polyline([centre, centre + arm], 1.5) for arm in ((0, 0, 34), (0, 24, -24), (2, -26, -10))]
+    away = np.linalg.norm(np.indices((40, 64, 80)) - centre[:, None, None, None], axis=0)
+    tree = trace(Volume(paint(together(*arms), (40, 64, 80)) | (away <= radius)))
+    assert (tree.types == SOMA).nonzero()[0].tolist() == [0]
+    assert tree.parents[0] == -1
+    assert np.linalg.norm(tree.points[0] - centre) < 1
+    assert tree.radii[0] == pytest.approx(radius, abs=0.5)
+    first = tree.parents == 0
+    assert first.sum() == 3
+    np.testing.assert_allclose(np.linalg.norm(tree.points[first] - centre, axis=1), radius, atol=1.2)
+    assert (np.linalg.norm(tree.points[1:] - centre, axis=1) > radius - 1.2).all()
+
+
+def test_a_neurite_that_tapers_has_no_soma():
+    points = np.linspace((12, 20, 6), (12, 20, 100), 95)
+    gold = NeuronTree(points, np.linspace(4, 1.2, 95), np.arange(95) - 1, unit="voxel")
+    assert not (trace(Volume(paint(gold, (24, 40, 106)))).types == SOMA).any()
+
+
+def test_weak_spots_are_listed_with_the_least_confident_first():
+    mask = paint(helix(), (24, 48, 72)).astype(np.float32) * 0.95
+    mask[:, :, 30:36] = np.minimum(mask[:, :, 30:36], 0.52)
+    _, reviews = trace_with_review(Volume(mask), threshold=0.4)
+    assert [review.kind for review in reviews] == ["weak"]
+    assert 29 < reviews[0].point[2] < 37
+    assert reviews[0].confidence == pytest.approx(0.52, abs=0.05)
+
+
+def test_resampling_keeps_tips_and_branch_points():
+    volume = Volume(paint(y_tree(), (32, 64, 80)))
+    fine, coarse = trace(volume), trace(volume, step_um=5.0)
+    ends = fine.points[fine.degree != 2]
+    assert cKDTree(coarse.points).query(ends)[0].max() < 1e-9
+    assert len(coarse) < len(fine) / 3
+    assert coarse.cable_length == pytest.approx(fine.cable_length, rel=0.02)
+
+
+def test_a_neurite_that_leaves_the_volume_keeps_its_radius_at_the_border():
+    gold = polyline([(12, 20, -10), (12, 20, 60)], 3.0)
+    tree = trace(Volume(paint(gold, (24, 40, 50))))
+    assert tree.radii.min() > 2.3
+    assert tree.cable_length > 42
+
+
+def test_an_empty_mask_gives_an_empty_tree_and_a_sentence():
+    with pytest.warns(UserWarning, match="No voxel lies above the threshold"):
+        tree = trace(Volume(np.zeros((8, 8, 8)), (2.0, 1.0, 1.0)))
+    assert len(tree) == 0
+    assert tree.unit == "um"
+
+
+def test_one_voxel_is_a_tree_of_one_node():
+    mask = np.zeros((8, 8, 8), bool)
+    mask[3, 4, 5] = True
+    tree = trace(Volume(mask))
+    np.testing.assert_allclose(tree.points, [[3, 4, 5]])
+    assert tree.num_roots == 1
+
+
+def test_a_volume_that_is_all_foreground_is_refused_with_the_fraction():
+    with pytest.raises(ValueError, match=r"fraction 1\.0"):
+        trace(Volume(np.ones((4, 5, 6), bool)))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nan_and_infinity_are_refused(bad):
+    voxels = np.zeros((4, 5, 6))
+    voxels[1, 2, 3] = bad
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        trace(Volume(voxels))
+
+
+@pytest.mark.parametrize("root", [(-1, 0, 0), (0, 0, 100), (np.nan, 0, 0)])
+def test_a_root_outside_the_volume_is_refused(root):
+    with pytest.raises(ValueError, match="outside the volume"):
+        trace(Volume(paint(y_tree(), (32, 64, 80))), root=root)
+
+
+@pytest.mark.parametrize("name", ["min_branch_um", "max_gap_um", "step_um"])
+def test_a_negative_length_is_refused(name):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        trace(Volume(paint(y_tree(), (32, 64, 80))), **{name: -1.0})
+
+
+def test_depth_is_the_exact_distance_to_background():
+    from scipy.ndimage import distance_transform_edt
+
+    spacing_um = (2.5, 1.0, 1.3)
+    mask = paint(y_tree(), (32, 64, 80))
+    mask[10:26, 20:44, 20:44] = True
+    volume = Volume(mask, spacing_um)
+    foreground = find_foreground(volume, find_level(mask))
+    object.__setattr__(foreground, "round_step", foreground.step)
+    exact = distance_transform_edt(mask, spacing_um)
+    rows = np.rint(foreground.points / spacing_um).astype(int)
+    np.testing.assert_allclose(foreground.depth, exact[tuple(rows.T)], rtol=1e-5)
+
+
+def test_auto_threshold_separates_neurite_from_noise_also_on_a_cleaned_background():
+    rng = np.random.default_rng(0)
+    mask = paint(y_tree(), (32, 64, 80))
+    noisy = np.clip(rng.normal(20, 3, mask.shape) + 120 * mask, 0, 255).astype(np.uint8)
+    cleaned = np.where(mask, rng.integers(30, 200, mask.shape), 0).astype(np.uint8)
+    for voxels in (noisy, cleaned):
+        found = voxels > find_level(voxels).threshold
+        assert (found & mask).sum() > 0.93 * mask.sum()
+        assert (found & ~mask).sum() < 0.02 * mask.sum()
+
+
+def test_shot_noise_on_an_intensity_adds_hardly_any_cable():
+    rng = np.random.default_rng(0)
+    mask = paint(y_tree(), (32, 64, 80))
+    shot = 120 * (rng.random(mask.shape) < 0.08)
+    voxels = (rng.poisson(1.0, mask.shape) + rng.poisson(60 * mask) + shot).astype(np.uint8)
+    clean, noisy = trace(Volume(mask)), trace(Volume(voxels))
+    assert noisy.cable_length == pytest.approx(clean.cable_length, rel=0.08)
+    assert farthest(noisy, clean) < 4
+
+
+def test_tracing_warns_of_nothing_on_good_input():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trace(Volume(paint(y_tree(), (32, 64, 80))))
