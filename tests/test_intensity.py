@@ -7,7 +7,10 @@ from scipy import ndimage
 
 from vit3d.model.intensity_vit3d import (
     BLUR_VOX,
+    FAINT_SHARE,
+    LEAST_FACTOR,
     NOISE_FACTOR,
+    IntensityStatistics,
     blur,
     blur_halo,
     foreground,
@@ -59,7 +62,30 @@ def test_noise_and_background_of_a_noisy_stack_are_found():
     peak = 1 / np.sqrt(np.prod([2 * np.sqrt(np.pi) * s for s in BLUR_VOX]))  # white noise, after the blur
     assert statistics.background == pytest.approx(60, abs=2)
     assert statistics.noise == pytest.approx(20 * peak, rel=0.1)
-    assert statistics.threshold == NOISE_FACTOR * statistics.noise
+
+
+def test_the_threshold_is_six_noises_where_that_is_faint_and_never_less_than_three_and_a_half():
+    assert IntensityStatistics(0, 1, 100).threshold == NOISE_FACTOR
+    assert IntensityStatistics(0, 10, 100).threshold == LEAST_FACTOR * 10
+    assert IntensityStatistics(0, 10, 300).threshold == pytest.approx(FAINT_SHARE * 300)
+
+
+@pytest.mark.parametrize("polarity", ["bright", "dark"])
+def test_a_neurite_on_uneven_ground_is_kept_and_the_ground_is_not(polarity):
+    """Haze that rises across the stack by more than the neurite stands out from it."""
+    y = np.arange(192, dtype=float)[:, None]
+    ground = np.broadcast_to(40 + 120 * y / 192, (16, 192, 192)) + np.random.default_rng(0).normal(0, 3, (16, 192, 192))
+    ground[6:9, :, 95:98] += 60
+    stack = (ground if polarity == "bright" else 255 - ground).clip(0, 255).astype(np.uint8)
+    mask = foreground(stack, measure(stack, polarity))
+    assert mask[7, :, 96].mean() > 0.99
+    assert mask.mean() < 0.03
+
+
+def test_a_stack_whose_noise_hides_its_neurites_is_computed_whole():
+    stack = np.random.default_rng(0).normal(100, 30, (16, 96, 96))
+    stack[8, :, 48] += 30
+    assert foreground(stack, measure(stack)).all()
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32, bool])

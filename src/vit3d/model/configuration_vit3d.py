@@ -52,7 +52,9 @@ class ViT3DConfig(PreTrainedConfig):
         for name in ("volume_size", "patch_size", "position_grid", "fused_layers", "training_spacing_um"):
             value = getattr(self, name)
             setattr(self, name, tuple(value) if value is not None else None)  # JSON has no tuples
-        kwargs.setdefault("num_labels", 1)
+        if "num_labels" not in kwargs:
+            kwargs.setdefault("id2label", {0: "neurite"})
+            kwargs.setdefault("label2id", {"neurite": 0})
         super().__post_init__(**kwargs)
         for validate in (self.validate_sizes, self.validate_prediction, self.validate_layers):
             validate()  # `strict` does it too, but wraps the sentence in an error that is no ValueError

@@ -10,11 +10,14 @@ from itertools import product
 import numpy as np
 
 BLUR_VOX = (0.7, 1.0, 1.0)  # below the width of a neurite, enough to tell one from single-voxel noise
-NOISE_FACTOR = 6.0  # a patch may hold a neurite where the blurred stack exceeds background + 6 noise
+NOISE_FACTOR = 6.0  # a patch may hold a neurite where the blurred stack exceeds the ground around it by 6 noises,
+FAINT_SHARE = 0.15  # or, in a noisy stack, by this share of the contrast,
+LEAST_FACTOR = 3.5  # but never by less than this many noises
 DISPLAY_GAMMA = 1 / 2.2  # photographs are gamma-encoded, microscope stacks are linear in light
 _SAMPLE_VOXELS = 12_000_000  # statistics of a larger volume come from groups of slices that hold about so many
 _MIN_GROUPS = 4
 _TILE = (16, 64, 64)
+_CELL = (4, 16, 16)  # voxels over which the ground is averaged; whole cells make a tile
 _MIN_CONTRAST = 3.0  # upper bound at least this many noises above the background
 
 
@@ -22,10 +25,11 @@ _MIN_CONTRAST = 3.0  # upper bound at least this many noises above the backgroun
 class IntensityStatistics:
     """Grey levels of one volume, in its own units.
 
-    `background` and `noise` are median and scaled MAD of the lightly blurred volume (the noise floored at one
-    grey level), `bright` the level at which a neurite counts as fully bright, on the side that `polarity` names:
-    above the background ("bright", fluorescence) or below it ("dark", brightfield). `sure` is False when the
-    volume does not show which side holds the neurites; everything is then computed.
+    `background` is the median of the lightly blurred volume, `noise` the scaled MAD of what is left of it without
+    its local ground (floored at one grey level), `bright` the level at which a neurite counts as fully bright, on
+    the side that `polarity` names: above the background ("bright", fluorescence) or below it ("dark",
+    brightfield). `sure` is False when the volume does not show which side holds the neurites, or when brightness
+    alone cannot tell them from its noise; everything is then computed.
     """
 
     background: float
@@ -40,8 +44,13 @@ class IntensityStatistics:
 
     @property
     def threshold(self) -> float:
-        """Grey levels away from the background beyond which a blurred voxel may belong to a neurite."""
-        return NOISE_FACTOR * self.noise
+        """Grey levels away from the ground around it beyond which a blurred voxel may belong to a neurite."""
+        return min(NOISE_FACTOR * self.noise, max(LEAST_FACTOR * self.noise, FAINT_SHARE * self.contrast))
+
+    @property
+    def contrast(self) -> float:
+        """Grey levels from the background to a fully bright neurite."""
+        return abs(self.bright - self.background)
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -80,19 +89,25 @@ def measure(voxels, polarity: str = "auto") -> IntensityStatistics:
         raise ValueError(f"`polarity` must be 'auto', 'bright' or 'dark', got {polarity!r}.")
     slabs = _sample(voxels)
     thin = 1 if slabs[0].size < _SAMPLE_VOXELS // 8 else 3  # blurred neighbours say the same: one in three will do
-    blurred = np.concatenate([blur(slab).reshape(-1)[::thin] for slab in slabs])
-    background = float(np.median(blurred))
-    spread = 1.4826 * float(np.median(np.abs(blurred - background)))
-    noise = max(spread, _grey_level(slabs, blurred, spread))
+    blurred = [blur(slab) for slab in slabs]
+    sample = np.concatenate([part.reshape(-1)[::thin] for part in blurred])
+    background = float(np.median(sample))
+    sample -= background
+    spread = _spread(sample)
+    floor = _grey_level(slabs, sample, background, spread)
     sure = True
     if polarity == "auto":
-        polarity, sure = _polarity(blurred, background, noise)
-    deviation = (blurred - background) * (-1.0 if polarity == "dark" else 1.0)
-    signal = deviation[deviation > NOISE_FACTOR * noise]
+        polarity, sure = _polarity(sample, max(spread, floor))
+    sign = -1.0 if polarity == "dark" else 1.0
+    sample *= sign
+    signal = sample[sample > NOISE_FACTOR * max(spread, floor)]
     contrast = float(np.percentile(signal, 80)) if signal.size else 0.0
-    contrast = max(contrast, _MIN_CONTRAST * noise)
-    bright = background + (-contrast if polarity == "dark" else contrast)
-    return IntensityStatistics(background, noise, bright, polarity, sure)
+    contrast = max(contrast, _MIN_CONTRAST * max(spread, floor))
+    grounds = [_spread_out(local_background(slab, sign), slab.shape) for slab in slabs]
+    raised = np.concatenate([(b - g).reshape(-1)[::thin] for b, g in zip(blurred, grounds, strict=True)])
+    noise = max(_spread(raised), floor)
+    too_noisy = noise > floor and LEAST_FACTOR * noise > 2 * FAINT_SHARE * contrast
+    return IntensityStatistics(background, noise, background + sign * contrast, polarity, sure and not too_noisy)
 
 
 def normalize(voxels, statistics: IntensityStatistics) -> np.ndarray:
@@ -103,21 +118,42 @@ def normalize(voxels, statistics: IntensityStatistics) -> np.ndarray:
 
 
 def foreground(voxels, statistics: IntensityStatistics) -> np.ndarray:
-    """Where a neurite may be: bool, same shape. Everything, when the polarity is unsure.
+    """Where a neurite may be: bool, same shape. Everything, when the statistics are unsure.
 
-    Works tile by tile, and only where some voxel is beyond the threshold before the blur, which never raises the
-    largest: the cost follows the neuron, and no float copy of the volume is made.
+    Brightness counts against the ground around it, which haze and uneven light may have raised. Works tile by
+    tile, and only where some voxel stands out before the blur, which never raises the largest: the cost follows
+    the neuron, and no float copy of the volume is made.
     """
     shape = np.shape(voxels)
     if not statistics.sure:
         return np.ones(shape, dtype=bool)
     mask = np.zeros(shape, dtype=bool)
+    sign, cells = statistics.sign, local_background(voxels, statistics.sign)
     for tile, read, crop in _tiles(shape):
+        ground = cells[tuple(slice(t.start // c, -(-t.stop // c)) for t, c in zip(tile, _CELL, strict=True))]
         part = np.asarray(voxels[read])
-        extreme = float(part.min() if statistics.polarity == "dark" else part.max())
-        if (extreme - statistics.background) * statistics.sign > statistics.threshold:
-            mask[tile] = ((blur(part) - statistics.background) * statistics.sign > statistics.threshold)[crop]
+        extreme = float(part.min() if sign < 0 else part.max())
+        if (extreme - (ground.min() if sign > 0 else ground.max())) * sign > statistics.threshold:
+            raised = blur(part)[crop]
+            mask[tile] = (raised - _spread_out(ground, raised.shape)) * sign > statistics.threshold
     return mask
+
+
+def local_background(voxels, sign: float) -> np.ndarray:
+    """Ground level around each cell of 4 x 16 x 16 voxels, float32, one number per cell.
+
+    The 30th percentile (counted from the ground's side, `sign` 1 for bright neurites) of the mean grey levels of
+    5 x 5 x 5 cells: neurites fill few of them. A soma larger than that is kept from passing for ground by a
+    ceiling, the 98th percentile over all cells.
+    """
+    pads = [(0, -size % cell) for size, cell in zip(np.shape(voxels), _CELL, strict=True)]
+    slabs = range(0, np.shape(voxels)[0], _CELL[0])
+    means = np.concatenate([_cell_means(np.asarray(voxels[z : z + _CELL[0]]), pads) for z in slabs]) * np.float32(sign)
+    padded = np.pad(means, 2, mode="edge")
+    around = np.lib.stride_tricks.sliding_window_view(padded, (5, 5, 5)).reshape(*means.shape, 125)
+    rank = int(0.3 * 125)
+    ground = np.stack([np.partition(plane, rank, axis=-1)[..., rank] for plane in around])
+    return np.minimum(ground, np.percentile(ground, 98)) * np.float32(sign)
 
 
 def occupied_patches(mask: np.ndarray, patch_size: tuple[int, int, int]) -> np.ndarray:
@@ -127,10 +163,15 @@ def occupied_patches(mask: np.ndarray, patch_size: tuple[int, int, int]) -> np.n
     return mask.reshape(pairs).any(axis=(1, 3, 5))
 
 
-def _polarity(blurred: np.ndarray, background: float, noise: float) -> tuple[str, bool]:
+def _spread(values: np.ndarray) -> float:
+    """Scaled median absolute deviation from the median: the standard deviation of normal noise."""
+    return 1.4826 * float(np.median(np.abs(values - np.median(values))))
+
+
+def _polarity(deviation: np.ndarray, noise: float) -> tuple[str, bool]:
     """The side with the stronger tail. Unsure when both tails leave the noise and neither clearly wins."""
-    low, high = np.percentile(blurred, [0.1, 99.9])
-    bright, dark = high - background, background - low
+    low, high = np.percentile(deviation, [0.1, 99.9])
+    bright, dark = high, -low
     if max(bright, dark) < NOISE_FACTOR * noise:
         return "bright", bool(bright >= dark)
     if dark > bright:
@@ -138,18 +179,33 @@ def _polarity(blurred: np.ndarray, background: float, noise: float) -> tuple[str
     return "bright", bool(bright > 1.5 * dark)
 
 
-def _grey_level(slabs: list[np.ndarray], blurred: np.ndarray, spread: float) -> float:
+def _cell_means(slab: np.ndarray, pads) -> np.ndarray:
+    """Mean grey level of the cells of one layer, its border repeated to whole cells."""
+    pads = [(0, _CELL[0] - slab.shape[0]), *pads[1:]]
+    slab = np.pad(slab, pads, mode="edge")
+    rows, columns = (size // cell for size, cell in zip(slab.shape[1:], _CELL[1:], strict=True))
+    return slab.reshape(1, _CELL[0], rows, _CELL[1], columns, _CELL[2]).mean(axis=(1, 3, 5), dtype=np.float32)
+
+
+def _spread_out(cells: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """One number per cell -> one per voxel, cut to `shape`."""
+    for axis, (size, cell) in enumerate(zip(shape, _CELL, strict=True)):
+        cells = _along(np.repeat(cells, cell, axis=axis), axis, 0, size)
+    return cells
+
+
+def _grey_level(slabs: list[np.ndarray], sample: np.ndarray, background: float, spread: float) -> float:
     """The least noise a stack can have: a 255th of its range, or 1 in integers whose noise can be seen.
 
     An 8-bit picture stored in 16 bits still has 8-bit grey levels; a 16-bit one with noise of its own keeps the
     faint neurites that lie below an 8-bit level.
     """
-    rounding = 1e-5 * float(np.abs(blurred).max())  # of the blur's float32: no noise lies below it
-    level = max(float(np.ptp(blurred)) / 255, rounding, 1e-12)
+    rounding = 1e-5 * float(np.abs(sample + background).max())  # of the blur's float32: no noise lies below it
+    level = max(float(np.ptp(sample)) / 255, rounding, 1e-12)
     if not _is_integer(slabs[0]):
         return level
-    sample = slabs[len(slabs) // 2].reshape(-1)
-    step = np.diff(np.unique(sample[:: 1 + sample.size // 2**20]).astype(float)).min(initial=np.inf)
+    levels = slabs[len(slabs) // 2].reshape(-1)
+    step = np.diff(np.unique(levels[:: 1 + levels.size // 2**20]).astype(float)).min(initial=np.inf)
     return 1.0 if spread >= step else max(1.0, level)
 
 
