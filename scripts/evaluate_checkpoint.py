@@ -19,8 +19,8 @@ from vit3d.gold import align_gold, without_untraced
 from vit3d.plot import plot_reconstruction
 from vit3d.reconstruction import reconstruct
 from vit3d.scoring import score_trees
-from vit3d.sharing import fill_card, markdown_table
 from vit3d.simulate import random_neuron, simulate_neuron
+from vit3d.tables import fill_card, markdown_table
 from vit3d.tree import read_swc
 from vit3d.volume import read_volume
 

@@ -333,6 +333,7 @@ def train(
     ] = "facebook/dino-vitb16",
     out: Annotated[str, typer.Option(help="Folder of the run.")] = "run",
     strategy: Annotated[str, typer.Option(help="center, average or random.")] = "center",
+    prediction: Annotated[str, typer.Option(help="volume, or center_slice: the paper's mode.")] = "volume",
     validate: Annotated[str, typer.Option(help="Names of neurons to validate on, comma-separated.")] = "",
     spacing: Spacing = None,
     simulated: Annotated[int, typer.Option(help="Simulated neurons mixed in.")] = 32,
@@ -349,7 +350,7 @@ def train(
     new_folder(Path(out))
     names = tuple(name for name in validate.split(",") if name)
     config = TrainingConfig(
-        data, init, out, strategy, names, triple(spacing, "--spacing"), simulated,
+        data, init, out, strategy, prediction, names, triple(spacing, "--spacing"), simulated,
         max_steps=max_steps, batch_size=batch_size, validate_every=validate_every, seed=seed,
         mixed_precision=mixed_precision,
     )  # fmt: skip

@@ -285,9 +285,7 @@ def _description(tree: NeuronTree) -> str:
 # ---------------------------------------------------------------- where two trees differ
 
 
-def _pieces(
-    tree: NeuronTree, other: NeuronTree, step: np.ndarray, threshold: float
-) -> tuple[np.ndarray, np.ndarray]:
+def _pieces(tree: NeuronTree, other: NeuronTree, step: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
     """The tree's edges cut into pieces of about one voxel (M, 2, 3), and which lie far from the other tree.
 
     Distances are between points divided by `step`, half a voxel apart on the other tree.

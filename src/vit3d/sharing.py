@@ -79,20 +79,3 @@ def _card(config, repo_id: str) -> ModelCard:
         license="apache-2.0", library_name="transformers", pipeline_tag="image-segmentation", tags=["vit3d"]
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
-
-
-def fill_card(path: str | Path, section: str, text: str) -> None:
-    """Replace what stands between `<!-- section -->` and `<!-- /section -->`: numbers in cards are never typed."""
-    path = Path(path)
-    before, opening, rest = path.read_text().partition(f"<!-- {section} -->")
-    _, closing, after = rest.partition(f"<!-- /{section} -->")
-    if not closing:
-        raise ValueError(f"{path} has no section <!-- {section} --> ... <!-- /{section} -->.")
-    path.write_text(f"{before}{opening}\n{text.strip()}\n{closing}{after}")
-
-
-def markdown_table(rows: list[dict]) -> str:
-    """Rows of equal keys as a Markdown table; floats with three digits after the point."""
-    keys = list(rows[0])
-    cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in (row[key] for key in keys)] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [keys, ["---"] * len(keys), *cells])

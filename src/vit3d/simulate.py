@@ -187,9 +187,7 @@ class _Sprout:
     is_stem: bool = False
 
 
-def grow(
-    rng: np.random.Generator, shape: Shape, spacing_um: Spacing, style: Style
-) -> tuple[NeuronTree, np.ndarray]:
+def grow(rng: np.random.Generator, shape: Shape, spacing_um: Spacing, style: Style) -> tuple[NeuronTree, np.ndarray]:
     """A tree in um inside a stack of this shape, and the brightness (N,) of its nodes, between 0.1 and 1."""
     extent_um = (np.array(shape) - 1) * spacing_um
     step_um = 1.5 * spacing_um[2]

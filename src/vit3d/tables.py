@@ -1,7 +1,8 @@
-"""What the commands print: one row per neuron, as a plain table or as JSON."""
+"""Rows for people: a plain table, Markdown, JSON; and the sections of a card that scripts fill."""
 
 import json
 import math
+from pathlib import Path
 
 
 def summary(tree) -> dict:
@@ -40,3 +41,24 @@ def as_json_text(rows: list[dict]) -> str:
     """A list of objects, or the one object."""
     objects = [_finite(row) for row in rows]
     return json.dumps(objects if len(objects) > 1 else objects[0], indent=2)
+
+
+def fill_card(path: str | Path, section: str, text: str) -> None:
+    """Replace what stands between `<!-- section -->` and `<!-- /section -->`: numbers in cards are never typed."""
+    path = Path(path)
+    before, opening, rest = path.read_text().partition(f"<!-- {section} -->")
+    _, closing, after = rest.partition(f"<!-- /{section} -->")
+    if not closing:
+        raise ValueError(f"{path} has no section <!-- {section} --> ... <!-- /{section} -->.")
+    path.write_text(f"{before}{opening}\n{text.strip()}\n{closing}{after}")
+
+
+def markdown_table(rows: list[dict]) -> str:
+    """Rows of equal keys as a Markdown table; floats with three digits after the point, small ones with two that count."""
+    keys = list(rows[0])
+    cells = [[_digits(row[key]) for key in keys] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [keys, ["---"] * len(keys), *cells])
+
+
+def _digits(value) -> str:
+    return f"{value:.2g}" if isinstance(value, float) and 0 < abs(value) < 1e-3 else _cell(value)

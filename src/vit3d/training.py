@@ -35,6 +35,7 @@ class TrainingConfig:
 
     data: folder of stacks and golds (`NAME.tif` + `NAME.swc`, in voxels where it says no unit); may be "".
     init: a 2D ViT (Hub id or folder) to inflate with `strategy`, or a vit3d checkpoint to go on from.
+    prediction: "volume", or "center_slice": the paper's mode, five slices in and their centre out.
     validate: names of neurons kept out of training; the checkpoint with the best mean F1 on them is kept.
     simulated: how many simulated neurons are mixed in, and `simulated_share` of the crops they get.
     """
@@ -43,6 +44,7 @@ class TrainingConfig:
     init: str
     out: str
     strategy: str = "center"
+    prediction: str = "volume"
     validate: tuple[str, ...] = ()
     spacing_um: tuple[float, float, float] | None = None
     simulated: int = 32
@@ -137,7 +139,10 @@ def initial_model(config: TrainingConfig) -> ViT3DForNeuronSegmentation:
         raise ValueError(f"--init {config.init} is no folder and no model that the Hub gives out now.") from error
     if kind == "vit3d":
         return load_checkpoint(config.init, "cpu", dtype=torch.float32)[0]
-    return ViT3DForNeuronSegmentation.from_2d_pretrained(config.init, config.strategy)
+    sizes = {"patch_size": (5, 8, 8), "volume_size": (5, 112, 112)} if config.prediction == "center_slice" else {}
+    return ViT3DForNeuronSegmentation.from_2d_pretrained(
+        config.init, config.strategy, prediction=config.prediction, **sizes
+    )
 
 
 def parameter_groups(model: ViT3DForNeuronSegmentation, config: TrainingConfig) -> list[dict]:

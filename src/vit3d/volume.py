@@ -51,9 +51,7 @@ class Volume:
         return Volume(self.voxels[box], self.spacing_um)
 
 
-def read_volume(
-    path: str | Path, *, spacing_um: SpacingUm | None = None, channel: int | None = None
-) -> Volume:
+def read_volume(path: str | Path, *, spacing_um: SpacingUm | None = None, channel: int | None = None) -> Volume:
     """Read a 3D stack (TIFF, OME-TIFF, ImageJ TIFF, LSM, v3draw, v3dpbd) at its own depth.
 
     `spacing_um` (z, y, x) overrides what the file says; without it, and where the file states no physical
