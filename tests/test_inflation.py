@@ -107,9 +107,7 @@ def test_average_gives_the_2d_patch_embeddings_of_the_mean_slice(source, vit):
 @pytest.mark.parametrize("prediction", ["volume", "center_slice"])
 def test_with_one_depth_token_the_encoder_is_the_2d_encoder(source, vit, strategy, prediction):
     image = grey(2, *[vit.config.image_size] * 2)
-    model = inflated(
-        source, strategy=strategy, depth=4, pixels=vit.config.image_size, prediction=prediction
-    )
+    model = inflated(source, strategy=strategy, depth=4, pixels=vit.config.image_size, prediction=prediction)
     found = model.vit3d(image[:, None, None].expand(-1, -1, 4, -1, -1)).last_hidden_state
     assert_close(found, vit(rgb(image)).last_hidden_state, atol=1e-3, rtol=0)
 
@@ -180,8 +178,7 @@ def test_mean_answers_a_third_of_sum():
 
 def test_mean_reaches_the_network(tiny_vit):
     kernels = [
-        inflated(str(tiny_vit), channel_reduction=reduction).vit3d.state_dict()[KERNEL]
-        for reduction in ("sum", "mean")
+        inflated(str(tiny_vit), channel_reduction=reduction).vit3d.state_dict()[KERNEL] for reduction in ("sum", "mean")
     ]
     assert_close(kernels[0], 3 * kernels[1])
 

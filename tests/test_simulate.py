@@ -57,9 +57,7 @@ def test_dark_neurites_are_the_bright_ones_inverted():
 
 def test_the_point_spread_is_wider_along_z():
     plain = Style(beads=0, boutons=0, branch_every_um=1e9, tortuosity=0)
-    clear = Microscope(
-        psf_um=(2.0, 0.5, 0.5), photons=1e5, read_noise=0, background=0, haze=0, gain=0.8, debris=0
-    )
+    clear = Microscope(psf_um=(2.0, 0.5, 0.5), photons=1e5, read_noise=0, background=0, haze=0, gain=0.8, debris=0)
     size = {"shape": (61, 61, 61), "spacing_um": (0.5, 0.5, 0.5)}
     volume, tree = simulate_neuron(seed=0, style=plain, microscope=clear, **size)
     inner = tree.to("voxel").points

@@ -10,9 +10,7 @@ from vit3d.tree import NeuronTree
 
 
 def tube(start, end, radii=(4.0, 4.0), **kinds) -> NeuronTree:
-    return NeuronTree(
-        np.array([start, end], float), np.array(radii), np.array([-1, 0]), **{"unit": "voxel", **kinds}
-    )
+    return NeuronTree(np.array([start, end], float), np.array(radii), np.array([-1, 0]), **{"unit": "voxel", **kinds})
 
 
 @pytest.mark.parametrize("radii", [(4.0, 4.0), (6.0, 2.0)])
@@ -38,9 +36,7 @@ def test_axes_are_treated_alike():
 
 
 def test_a_neurite_thinner_than_a_voxel_stays_in_one_piece():
-    thin = NeuronTree(
-        [[2.5, 1.3, 1.2], [9.5, 30.4, 60.1]], [0.1, 0.1], [-1, 0], unit="um", spacing_um=(1.0, 0.5, 0.25)
-    )
+    thin = NeuronTree([[2.5, 1.3, 1.2], [9.5, 30.4, 60.1]], [0.1, 0.1], [-1, 0], unit="um", spacing_um=(1.0, 0.5, 0.25))
     painted = paint(thin, (12, 64, 256))
     assert ndimage.label(painted, np.ones((3, 3, 3)))[1] == 1
     assert painted.any(axis=(0, 1)).sum() > 230

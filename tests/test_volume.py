@@ -167,9 +167,7 @@ def test_the_real_stacks_state_no_spacing(shared):
 # ------------------------------------------------------------ axes and channels
 
 
-@pytest.mark.parametrize(
-    "axes, shape", [("CZYX", (2, 9, 8, 7)), ("ZCYX", (9, 2, 8, 7)), ("ZYXS", (9, 8, 7, 3))]
-)
+@pytest.mark.parametrize("axes, shape", [("CZYX", (2, 9, 8, 7)), ("ZCYX", (9, 2, 8, 7)), ("ZYXS", (9, 8, 7, 3))])
 def test_a_channel_must_be_chosen_and_is_the_one_that_is_read(tmp_path, axes, shape):
     voxels = noise(shape, np.uint8)
     tifffile.imwrite(tmp_path / "a.ome.tif", voxels, metadata={"axes": axes})
@@ -432,9 +430,7 @@ def test_the_real_v3dpbd_equals_its_expected_stack(shared):
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
-@pytest.mark.parametrize(
-    "widest, width", [(4, (3, 31, 48)), (8, (4, 79, 103)), (16, (5, 182, 40)), (16, None)]
-)
+@pytest.mark.parametrize("widest, width", [(4, (3, 31, 48)), (8, (4, 79, 103)), (16, (5, 182, 40)), (16, None)])
 def test_16bit_v3dpbd_differences_of_every_width_and_sign_are_undone(tmp_path, widest, width, order):
     values = walk_of_steps(widest)
     stream, used = encode_16bit(values.ravel().tolist(), order, width)
