@@ -54,7 +54,7 @@ def fill_card(path: str | Path, section: str, text: str) -> None:
 
 
 def markdown_table(rows: list[dict]) -> str:
-    """Rows of equal keys as a Markdown table; floats with three digits after the point, small ones with two that count."""
+    """Rows of equal keys as a Markdown table; floats with three digits after the point, small ones with two."""
     keys = list(rows[0])
     cells = [[_digits(row[key]) for key in keys] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in [keys, ["---"] * len(keys), *cells])
