@@ -75,6 +75,13 @@ def test_a_neurite_shifted_by_4_voxels_is_far_at_2_and_near_at_5(vit3d, tmp_path
     assert near["esa"] == pytest.approx(4)
 
 
+def test_trees_without_a_place_in_common_are_questioned(vit3d, tmp_path):
+    moved, gold = line(tmp_path / "a.swc", shift=50.0), line(tmp_path / "b.swc")
+    status, _, complaint = vit3d("score", moved, gold)
+    assert status == 0
+    assert "do their units and the spacing fit?" in complaint
+
+
 def test_the_table_has_a_row_and_the_six_scores(vit3d, tmp_path):
     header, row = vit3d("score", line(tmp_path / "a.swc"), line(tmp_path / "b.swc"))[1].splitlines()
     assert header.split()[:7] == ["name", "precision", "recall", "f1", "esa", "dsa", "pds"]

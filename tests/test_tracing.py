@@ -179,6 +179,15 @@ def test_a_gap_is_left_open_when_it_is_longer_than_allowed_and_forest_keeps_both
     np.testing.assert_array_equal(both.points[: len(tree)], tree.points)
 
 
+def test_what_cannot_be_joined_is_listed_with_its_cable_and_not_when_it_is_kept():
+    a, b = polyline([(8, 12, 6), (8, 12, 54)], 2.0), polyline([(8, 28, 16), (8, 28, 46)], 2.0)
+    volume = Volume(paint(together(a, b), (16, 40, 60)))
+    (left_out,) = [review for review in trace_with_review(volume)[1] if review.kind == "left out"]
+    np.testing.assert_allclose(left_out.point, (8, 28, 31), atol=1)
+    assert left_out.length == pytest.approx(30, abs=4)
+    assert not [review for review in trace_with_review(volume, forest=True)[1] if review.kind == "left out"]
+
+
 def test_a_join_follows_the_faint_bridge_and_reports_its_probability():
     a, b = polyline([(8, 30, 6), (8, 20, 26)], 2.0), polyline([(8, 20, 34), (8, 30, 54)], 2.0)
     faint = polyline([(8, 20, 26), (8, 16, 30), (8, 20, 34)], 1.5)

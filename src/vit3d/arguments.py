@@ -13,14 +13,18 @@ from .volume import SUFFIXES, Volume, read_volume
 SWC_SUFFIXES = (".swc", ".eswc")
 Box = tuple[slice, slice, slice]
 
+_LARGE_UM = 100.0  # no light microscope samples a neuron this coarsely
+
 
 # --- files that are read ---
 
 
-def read_stack(path: Path, spacing: str | None, channel: int | None) -> Volume:
-    """A stack, with one warning when nobody has stated its voxel size."""
+def read_stack(path: Path, spacing: str | None, channel: int | None = None, *, notice: bool = True) -> Volume:
+    """A stack; with `notice`, one warning when nobody has stated its voxel size, or when it is a strange one."""
     volume = read_volume(path, spacing_um=triple(spacing, "--spacing"), channel=channel)
-    if volume.spacing_um is None:
+    if notice and volume.spacing_um and max(volume.spacing_um) > _LARGE_UM:
+        warnings.warn(f"{path.name} has voxels of {volume.spacing_um} um (z, y, x); are they nm?", stacklevel=2)
+    if notice and volume.spacing_um is None:
         warnings.warn(
             f"{path.name} states no voxel size: everything is in voxels; --spacing Z,Y,X gives um.",
             stacklevel=2,

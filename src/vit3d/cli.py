@@ -48,6 +48,8 @@ Crop = Annotated[
     str | None, typer.Option(help="Box z0:z1,y0:y1,x0:x1 in voxels; the SWC keeps full-stack coordinates.")
 ]
 Mask = Annotated[Path | None, typer.Option(help="Image of the same shape; nothing is traced where it is 0.")]
+MaxGap = Annotated[float | None, typer.Option(help="Longest gap that is bridged; default 10 voxels in plane.")]
+Forest = Annotated[bool, typer.Option(help="Keep what cannot be joined as trees of its own.")]
 SwcUnit = Annotated[str | None, typer.Option(help="um or voxel; default um where the voxel size is known.")]
 Unit = Annotated[str | None, typer.Option(help="um or voxel, for an SWC that does not say it.")]
 PredictedUnit = Annotated[str | None, typer.Option(help="um or voxel, for an SWC that does not say it.")]
@@ -94,6 +96,8 @@ def reconstruct(
     threshold: Threshold = "auto",
     crop: Crop = None,
     mask: Mask = None,
+    max_gap_um: MaxGap = None,
+    forest: Forest = False,
     swc_unit: SwcUnit = None,
     select: Annotated[bool, typer.Option(help="Leave out patches that hold only background.")] = True,
 ):
@@ -114,8 +118,9 @@ def reconstruct(
             volume = read_stack(path, spacing, channel)
             unit = unit_of(swc_unit, "--swc-unit", volume.spacing_um)
             box = box_of(crop, volume.shape)
-            options = {"box": box, "mask": allowed, "select": select, "threshold": level}
-            result = run(network, volume, processor=processor, **options)
+            options = {"box": box, "mask": allowed, "select": select}
+            tracing = {"threshold": level, "max_gap_um": max_gap_um, "forest": forest}
+            result = run(network, volume, processor=processor, **options, **tracing)
             result.write(out, name, unit)
             rows.append({"name": name, **summary(result.tree), "review": len(result.reviews)})
         except (ValueError, OSError, MemoryError) as error:
@@ -124,6 +129,7 @@ def reconstruct(
             failures.append(f"{path.name} failed: {_sentence(error)}")
     if rows:
         typer.echo(as_table(rows))
+        typer.echo(f"SWC, probability, picture and the list of places to review are in {out}/.", err=True)
     for failure in failures:
         _complain(failure)
     if failures:
@@ -169,9 +175,9 @@ def trace(
         typer.Option(help="Where the tree starts: X,Y,Z in voxels from 0, or a Vaa3D .marker file."),
     ] = None,
     min_branch_um: Annotated[float | None, typer.Option(help="Shorter side branches are left out.")] = None,
-    max_gap_um: Annotated[float | None, typer.Option(help="Longest gap that is bridged.")] = None,
+    max_gap_um: MaxGap = None,
     step_um: Annotated[float | None, typer.Option(help="Distance between nodes.")] = None,
-    forest: Annotated[bool, typer.Option(help="Keep what cannot be joined as trees of its own.")] = False,
+    forest: Forest = False,
     swc_unit: SwcUnit = None,
 ):
     """Probability, mask or stack -> SWC; no network, no GPU."""
@@ -229,12 +235,12 @@ def score(
         new_file(plot, ".png")
     for name, first, second in pairs(predicted, gold):
         if not is_swc(first):
-            masks = (read_stack(path, spacing, None) for path in (first, second))
+            masks = (read_stack(path, spacing, notice=False) for path in (first, second))
             groups.append([{"name": name, **score_masks(*masks)}])
             continue
         trees = read_trees(first, second, predicted_unit, gold_unit, spacing)
         shown = stack_named(image, name)
-        volume = None if shown is None else read_stack(shown, spacing, None)
+        volume = None if shown is None else read_stack(shown, spacing, notice=False)
         groups.append(compare(name, *trees, threshold, volume))
         if plot is not None:
             plot_pair(*trees, plot / f"{name}.png" if in_folders else plot, threshold, volume)

@@ -1,6 +1,7 @@
 """Scores as people ask for them, composed of the verbs: the gold aligned to its image, a folder's mean, a picture."""
 
 import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,10 +20,12 @@ def compare(
     There `precision_of_traced` leaves out what the prediction follows of bright structure that no gold covers.
     """
     rows = [{"name": name, **score_trees(predicted, gold, threshold=threshold)}]
+    if len(predicted) and rows[0]["f1"] == 0:
+        warnings.warn(f"{name}: the trees have no place in common; do their units and the spacing fit?", stacklevel=2)
     if volume is None:
         return rows
     polarity = measure(volume.voxels).polarity
-    predicted, gold = (_stated(tree).to("voxel", tree.spacing_um or volume.spacing_um) for tree in (predicted, gold))
+    predicted, gold, _ = _in_voxels_of(volume, predicted, gold)
     aligned, shift = align_gold(gold, volume, polarity=polarity)
     scores = score_trees(predicted, aligned, threshold=threshold)
     judged = without_untraced(predicted, aligned, volume, polarity=polarity)
@@ -43,12 +46,24 @@ def means(groups: list[list[dict]]) -> list[dict]:
 def plot_pair(
     predicted: NeuronTree, gold: NeuronTree, path: Path, threshold: float, volume: Volume | None = None
 ) -> None:
-    """Where the two differ, in um where any of the three knows the voxel size."""
+    """Where the two differ, in um where any of the three knows the voxel size; with the stack, the gold aligned."""
     from .plot import plot_difference
 
-    spacing_um = gold.spacing_um or predicted.spacing_um or (volume.spacing_um if volume else None)
+    if volume is None:
+        spacing_um = gold.spacing_um or predicted.spacing_um
+    else:
+        predicted, gold, spacing_um = _in_voxels_of(volume, predicted, gold)
+        gold, _ = align_gold(gold, volume, polarity=measure(volume.voxels).polarity)
+        volume = Volume(volume.voxels, spacing_um)
     trees = (_stated(tree).to("um" if spacing_um else "voxel", spacing_um) for tree in (predicted, gold))
     plot_difference(*trees, path, volume=volume, threshold=threshold)
+
+
+def _in_voxels_of(volume: Volume, predicted: NeuronTree, gold: NeuronTree):
+    """Both trees in the stack's voxels, and the voxel size that any of the three knows."""
+    spacing_um = volume.spacing_um or gold.spacing_um or predicted.spacing_um
+    predicted, gold = (_stated(tree).to("voxel", tree.spacing_um or spacing_um) for tree in (predicted, gold))
+    return predicted, gold, spacing_um
 
 
 def _stated(tree: NeuronTree) -> NeuronTree:

@@ -23,9 +23,9 @@ _WEAK = 0.6  # a weak spot has less than this share of the tree's median confide
 
 @dataclass(frozen=True)
 class Review:
-    """A place for a proofreader: `kind` "join" or "weak", its centre (z, y, x), its length and its confidence.
+    """A place for a proofreader: `kind` "left out", "join" or "weak", its centre (z, y, x), length and confidence.
 
-    A join is measured between the surfaces of the two ends.
+    What was left out could not be joined to the tree. A join is measured between the surfaces of the two ends.
     """
 
     kind: str
@@ -82,7 +82,8 @@ def trace_with_review(
     forest: bool = False,
     step_um: float | None = None,
 ) -> tuple[NeuronTree, list[Review]]:
-    """As `trace`, with the joins and weak spots that deserve a look, least confident first."""
+    """As `trace`, with what deserves a look: what was left out, longest first, then joins and weak spots, least
+    confident first."""
     _check(volume, root, min_branch_um, max_gap_um, step_um)
     unit = "um" if volume.spacing_um else "voxel"
     level = find_level(volume.voxels, threshold)
@@ -99,11 +100,13 @@ def trace_with_review(
     tree = replace(tree, unit=unit, spacing_um=volume.spacing_um)
     gap = _GAP_VOXELS * step[1:].min() if max_gap_um is None else max_gap_um
     tree, bridges = join_fragments(tree, volume, level.probability, step, gap)
-    tree, bridges = _neuron(tree, bridges, root, forest)
-    reviews = _joins(tree, bridges) + _weak_spots(tree, bridges)
+    whole = tree
+    tree, bridges, rows = _neuron(whole, bridges, root, forest)
+    left_out = _left_out(whole, rows)
+    reviews = sorted(_joins(tree, bridges) + _weak_spots(tree, bridges), key=lambda review: review.confidence)
     tree = with_soma(tree, foreground) if root is None else tree
     tree = tree.sorted() if step_um is None else resample(tree, step_um)
-    return tree, sorted(reviews, key=lambda review: review.confidence)
+    return tree, left_out + reviews
 
 
 def _check(volume, root, *lengths_um) -> None:
@@ -128,8 +131,11 @@ def _without_dust(foreground: Foreground) -> Foreground:
     return foreground if keep.all() else foreground.select(keep[component])
 
 
-def _neuron(tree: NeuronTree, bridges: list[np.ndarray], root, forest: bool) -> tuple[NeuronTree, list[np.ndarray]]:
-    """The tree with most cable, or the one at `root`, and its bridges; with `forest` every tree, that one first.
+def _neuron(
+    tree: NeuronTree, bridges: list[np.ndarray], root, forest: bool
+) -> tuple[NeuronTree, list[np.ndarray], np.ndarray]:
+    """The tree with most cable, or the one at `root`, its bridges and its rows in `tree`; with `forest` every tree,
+    that one first.
 
     Each is rooted at its thickest node, or at the node nearest to `root`.
     """
@@ -146,7 +152,19 @@ def _neuron(tree: NeuronTree, bridges: list[np.ndarray], root, forest: bool) -> 
     new_row = np.full(len(tree), -1)
     new_row[rows] = np.arange(len(rows))
     bridges = [new_row[bridge] for bridge in bridges if new_row[bridge[0]] >= 0]
-    return tree.rerooted(tops).take(rows), bridges
+    return tree.rerooted(tops).take(rows), bridges, rows
+
+
+def _left_out(tree: NeuronTree, kept: np.ndarray) -> list[Review]:
+    """One entry per tree that could not be joined and was dropped, longest first."""
+    part, gone = tree.root_of, np.setdiff1d(np.arange(len(tree)), kept)
+    cable = np.bincount(part[tree.edges], tree.edge_lengths, len(tree))
+    reviews = []
+    for root in sorted(np.unique(part[gone]), key=lambda root: -cable[root]):
+        rows = np.flatnonzero(part == root)
+        middle = tuple(tree.points[rows].mean(0).tolist())
+        reviews.append(Review("left out", middle, float(cable[root]), float(tree.confidence[rows].mean())))
+    return reviews
 
 
 def _joins(tree: NeuronTree, bridges: list[np.ndarray]) -> list[Review]:
