@@ -166,15 +166,15 @@ def find_cases(chosen: list[str], data: Path | None) -> Iterator[Case]:
 
 
 def timed(call: Callable[[], object], limit_s: float) -> tuple[object, float, float]:
-    """What the call returns, its wall and its CPU seconds. None when it is not back in time."""
-    signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, limit_s)
+    """What the call returns, its wall and its CPU seconds. None when it is not back within so much CPU time."""
+    signal.signal(signal.SIGPROF, give_up)
+    signal.setitimer(signal.ITIMER_PROF, limit_s)
     wall, cpu = time.perf_counter(), time.process_time()
     try:
         output = call()
     except TimeoutError:
         output = None
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.setitimer(signal.ITIMER_PROF, 0)
     return output, time.perf_counter() - wall, time.process_time() - cpu
 
 
@@ -189,7 +189,7 @@ def compare(case: Case, repeats: int, limit_s: float) -> list[dict]:
     for _ in range(repeats):
         scans.append(scan_seconds(case.mask))
         for tool in tools:
-            if sum(wall for wall, _ in seconds[tool.name]) < limit_s:
+            if sum(cpu for _, cpu in seconds[tool.name]) < limit_s:
                 outputs[tool.name], *both = timed(lambda tool=tool: tool.run(case.mask), limit_s)
                 seconds[tool.name].append(both)
     rows = []
@@ -353,7 +353,7 @@ def draw(cases: list[dict], path: Path) -> None:
         rows = sorted((row for row in cases if row["tool"] == tool.name), key=lambda row: row["foreground"])
         for out, style in ((False, "o-"), (True, "^")):
             line = [row for row in rows if row["kind"] == "simulated" and row["timed_out"] == out]
-            speed.loglog([r["foreground"] for r in line], [r["wall_s"] for r in line], style, color=tool.color)
+            speed.loglog([r["foreground"] for r in line], [r["cpu_s"] for r in line], style, color=tool.color)
         for axes, kind in zip(bars, ("simulated", "gold mask"), strict=True):
             done = [row for row in rows if row["kind"] == kind and not row["timed_out"]]
             means = [np.mean([row[key] for row in done] or [0]) for key in F1]
@@ -361,7 +361,7 @@ def draw(cases: list[dict], path: Path) -> None:
             axes.bar_label(drawn, fmt="%.3f", fontsize=7, rotation=90, padding=2)
             axes.set(xticks=range(len(F1)), xticklabels=F1, ylim=(0, 1.15), title=f"mean over {kind} volumes")
     figure.legend(handles=bars[0].containers, loc="outside lower center", ncols=len(TOOLS))
-    speed.set(xlabel="foreground voxels", ylabel="wall seconds (triangle: given up)", title="simulated volumes")
+    speed.set(xlabel="foreground voxels", ylabel="CPU seconds (triangle: given up)", title="simulated volumes")
     speed.grid(which="both", alpha=0.2)
     figure.savefig(path, dpi=110)
 
@@ -372,7 +372,7 @@ def main() -> None:
     parser.add_argument("--card", type=Path, default=Path("model_cards/tracing/README.md"))
     parser.add_argument("--volumes", nargs="+", default=[*SIMULATED, *OP_NEURONS], choices=[*SIMULATED, *OP_NEURONS])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds a tool may spend on one volume")
+    parser.add_argument("--limit", type=float, default=120.0, help="CPU seconds a tool may spend on one volume")
     args = parser.parse_args()
     results = measure(args)
     args.card.with_name("scores.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from scipy.spatial import cKDTree
 
-from vit3d.foreground import find_foreground, find_level
+from vit3d import foreground as foreground_module
+from vit3d.foreground import find_foreground, find_level, smoothed
+from vit3d.lazy_voxels import LazyVoxels
 from vit3d.targets import paint
 from vit3d.tracing import trace, trace_with_review
 from vit3d.tree import SOMA, NeuronTree
@@ -49,6 +51,21 @@ def y_tree() -> NeuronTree:
     up = polyline(np.linspace((16, 32, 48), (16, 8, 72), 35), 2.0)
     down = polyline(np.linspace((16, 32, 48), (16, 56, 72), 35), 2.0)
     return together(stem, up, down)
+
+
+class Counted(LazyVoxels):
+    """Voxels as if on disk, in chunks of 8 planes, that refuse to be read as a whole."""
+
+    def __init__(self, voxels):
+        super().__init__(voxels.shape, voxels.dtype, (8, 64, 80))
+        self.voxels, self.largest = voxels, 0
+
+    def _fetch(self, box):
+        self.largest = max(self.largest, self.voxels[box].size)
+        return self.voxels[box]
+
+    def __array__(self, dtype=None, copy=None):
+        raise AssertionError("read as a whole")
 
 
 def farthest(a: NeuronTree, b: NeuronTree) -> float:
@@ -127,6 +144,25 @@ def test_a_y_has_one_branch_point_where_it_forks_and_three_ends():
     assert len(forks) == 1
     assert np.linalg.norm(forks[0] - (16, 32, 48)) < 3
     assert (tree.degree == 1).sum() == 3
+
+
+@pytest.mark.parametrize("degrees", [30, 45, 65, 90])
+def test_a_fork_lies_where_the_axes_meet_and_no_cable_is_lost_there(degrees):
+    angle = np.radians(degrees)
+    stem = polyline(np.linspace((20, 30, 6), (20, 30, 106), 101), 3.0)
+    twig = polyline(np.linspace((20, 30, 40), (20, 30 + 40 * np.sin(angle), 40 + 40 * np.cos(angle)), 41), 2.0)
+    tree = trace(Volume(paint(together(stem, twig), (40, 84, 112))))
+    (fork,) = tree.points[tree.degree == 3]
+    assert np.linalg.norm(fork - (20, 30, 40)) < 3
+    assert tree.cable_length == pytest.approx(140, rel=0.02)
+
+
+def test_a_soft_probability_draws_the_path_to_its_ridge():
+    mask = paint(polyline([(16, 20, -5), (16, 20, 95)], 3.0), (32, 44, 90)).astype(np.float32)
+    halo = 0.7 * paint(polyline([(16, 23, -5), (16, 23, 95)], 3.0), (32, 44, 90))
+    soft, hard = (trace(Volume(np.maximum(mask, side.astype(np.float32)))) for side in (halo, halo > 0))
+    assert np.median(hard.points[:, 1]) == pytest.approx(21.5, abs=0.1)
+    assert np.median(soft.points[:, 1]) == pytest.approx(20, abs=1)
 
 
 def test_the_result_is_one_tree_with_parents_before_children_and_a_confidence():
@@ -222,6 +258,37 @@ def test_salt_noise_adds_no_tree_and_hardly_any_cable():
     assert farthest(noisy, clean) < 6
 
 
+def test_clumped_salt_in_a_larger_box_leaves_no_tree_of_its_own_and_a_small_fragment_stays():
+    rng = np.random.default_rng(0)
+    mask = np.zeros((160, 200, 200), bool)
+    mask[:32, :64, :80] = paint(y_tree(), (32, 64, 80))
+    mask[120:122, 120:122, 120:123] = True
+    assert trace(Volume(mask), forest=True).num_roots == 2
+    noisy = mask | (rng.random(mask.shape) < 0.01)
+    assert trace(Volume(noisy), forest=True, max_gap_um=0).num_roots <= 2
+
+
+def test_an_intensity_on_disk_is_traced_slab_by_slab_as_in_memory(monkeypatch):
+    monkeypatch.setattr(foreground_module, "_LAZY_SLAB_VOXELS", 8 * 64 * 80)
+    monkeypatch.setattr(foreground_module, "_SAMPLE_VOXELS", 1 << 14)
+    rng = np.random.default_rng(0)
+    mask = np.pad(paint(y_tree(), (32, 64, 80)), ((8, 40), (0, 0), (0, 0)))
+    voxels = rng.poisson(3.0 + 60 * mask).astype(np.uint8)
+    lazy = Counted(voxels)
+    np.testing.assert_array_equal(trace(Volume(lazy)).points, trace(Volume(voxels)).points)
+    assert 0 < lazy.largest <= 40 * 64 * 80
+
+
+def test_blurring_slab_by_slab_changes_nothing():
+    from scipy.ndimage import gaussian_filter
+
+    voxels = np.random.default_rng(0).integers(0, 200, (13, 20, 24)).astype(np.uint8)
+    blurred = smoothed(Volume(voxels, (2.0, 1.0, 1.0))).voxels
+    whole = gaussian_filter(voxels.astype(np.float32), 0.7 * np.sqrt([0.5, 1, 1]), truncate=3)
+    for z in range(0, 13, 3):
+        np.testing.assert_allclose(blurred[z : z + 3, 2:9], whole[z : z + 3, 2:9], rtol=1e-5)
+
+
 def test_a_soma_is_one_node_at_its_centre_and_neurites_start_on_its_surface():
     centre, radius = np.array([20.0, 32.0, 40.0]), 9.0
     arms = [polyline([centre, centre + arm], 1.5) for arm in ((0, 0, 34), (0, 24, -24), (2, -26, -10))]
@@ -283,9 +350,10 @@ def test_one_voxel_is_a_tree_of_one_node():
     assert tree.num_roots == 1
 
 
-def test_a_volume_that_is_all_foreground_is_refused_with_the_fraction():
+@pytest.mark.parametrize("value", [True, np.uint8(1), np.uint8(255), np.float32(0.9), np.float32(40)])
+def test_a_volume_that_is_all_foreground_is_refused_with_the_fraction(value):
     with pytest.raises(ValueError, match=r"fraction 1\.0"):
-        trace(Volume(np.ones((4, 5, 6), bool)))
+        trace(Volume(np.full((4, 5, 6), value)))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -7,12 +7,17 @@ from functools import cached_property
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
+from vit3d.lazy_voxels import LazyVoxels, pieces
 from vit3d.volume import Volume
 from vit3d.voxel_graph import FORWARD, OFFSETS, distance_to_background, find_neighbours, label_components
 
 _NOISE_LEVELS = 5.0  # standard deviations of the background that no neurite hides in
 _SLAB_VOXELS = 1 << 18
+_PIECE = (64, 256, 256)  # read at once from disk; reading and blurring repeat work at the edges of pieces
+_SAMPLE_VOXELS = 1 << 22
 _BLUR_VOXELS = 0.7  # along the finest axis: removes shot noise, leaves neurites of a voxel's width
+_TRUNCATE = 3.0
+_CORNERS = OFFSETS[(OFFSETS >= 0).all(1)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,15 +43,17 @@ class Foreground:
     def posed(cls, linear: np.ndarray, probability: np.ndarray, volume: Volume) -> "Foreground":
         """From flat indices into the volume: longest axis first, the long tail of each axis at its end."""
         shape, step = np.array(volume.shape), np.array(volume.spacing_um or (1.0, 1.0, 1.0))
-        index = np.stack(np.unravel_index(linear, volume.shape))
-        centred = index - index.mean(1, keepdims=True)
-        axes = np.argsort(-np.round((centred**2).mean(1), 6), kind="stable")
-        flips = ((centred**3).mean(1) < -1e-6)[axes]
-        shape, index = shape[axes], index[axes]
-        index[flips] = shape[flips, None] - 1 - index[flips]
-        linear = np.ravel_multi_index(tuple(index), tuple(shape))
+        index = _unravelled(linear, volume.shape)
+        spread, skew = np.array([_spread_and_skew(index[:, axis], shape[axis]) for axis in range(3)]).T
+        axes = np.argsort(-np.round(spread, 6), kind="stable")
+        flips = (skew < -1e-6)[axes]
+        stride = np.append(np.cumprod(shape[axes][:0:-1])[::-1], 1)
+        linear = np.zeros(len(linear), np.int64)
+        for axis, flip, jump in zip(axes, flips, stride, strict=True):
+            linear += (shape[axis] - 1 - index[:, axis] if flip else index[:, axis]) * jump
+        del index
         order = np.argsort(linear)
-        return cls(linear[order], probability[order], tuple(shape.tolist()), step[axes], axes, flips)
+        return cls(linear[order], probability[order], tuple(shape[axes].tolist()), step[axes], axes, flips)
 
     def __len__(self) -> int:
         return len(self.linear)
@@ -54,7 +61,7 @@ class Foreground:
     @cached_property
     def index(self) -> np.ndarray:
         """(N, 3) int32 voxel index, axes as posed."""
-        return np.stack(np.unravel_index(self.linear, self.shape), axis=1).astype(np.int32)
+        return _unravelled(self.linear, self.shape)
 
     @property
     def points(self) -> np.ndarray:
@@ -81,6 +88,8 @@ class Foreground:
         """
         step = self.step.copy()
         finest = step.min()
+        if (step <= 1.2 * finest).all():
+            return step
         across = 1 / np.minimum.reduce([self._runs(axis) for axis in np.flatnonzero(step <= 1.2 * finest)])
         for axis in np.flatnonzero(step > 1.2 * finest):
             stretch = across.mean() / (1 / self._runs(axis)).mean()
@@ -109,6 +118,24 @@ class Foreground:
         """
         return distance_to_background(self.index, self.neighbours, self.shape, self.round_step)
 
+    def depth_at(self, points: np.ndarray) -> np.ndarray:
+        """(M,) depth at points (M, 3), posed and in units of `round_step`, interpolated; 0 out of the foreground."""
+        place = points / self.round_step
+        nearest = np.clip(np.rint(place), 0, np.array(self.shape) - 1).astype(np.int64)
+        linear = (nearest[:, 0] * self.shape[1] + nearest[:, 1]) * self.shape[2] + nearest[:, 2]
+        row = np.minimum(np.searchsorted(self.linear, linear), len(self) - 1)
+        found = self.linear[row] == linear
+        away = (place - nearest).T
+        jumps = np.where(away >= 0, 1, -1) * np.array([[9], [3], [1]])
+        z, y, x = np.minimum(np.abs(away), 1)
+        depth = self.depth[row] * ((1 - z) * (1 - y) * (1 - x))
+        for corner in _CORNERS:
+            column = 13 + corner @ jumps
+            there = self.neighbours[row, column - (column > 13)]
+            weight = (z if corner[0] else 1 - z) * (y if corner[1] else 1 - y) * (x if corner[2] else 1 - x)
+            depth += np.where(there >= 0, self.depth[there], 0) * weight
+        return np.where(found, depth, 0)
+
     @cached_property
     def neighbour_step(self) -> np.ndarray:
         """(26,) length of the step to each neighbour in units of `round_step`."""
@@ -130,6 +157,24 @@ class Foreground:
     @cached_property
     def _labelled(self) -> tuple[np.ndarray, np.ndarray]:
         return label_components(self.neighbours)
+
+
+def _unravelled(linear: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """(N, 3) int32 from flat indices."""
+    index = np.empty((len(linear), 3), np.int32)
+    plane = linear // (shape[1] * shape[2])
+    index[:, 0] = plane
+    rest = (linear - plane * (shape[1] * shape[2])).astype(np.int32 if shape[1] * shape[2] < 2**31 else np.int64)
+    index[:, 1] = rest // shape[2]
+    index[:, 2] = rest - index[:, 1] * shape[2]
+    return index
+
+
+def _spread_and_skew(place: np.ndarray, size: int) -> tuple[float, float]:
+    """Second and third central moment of places 0 .. size - 1, from their histogram."""
+    count = np.bincount(place, minlength=size)
+    away = np.arange(size) - place.mean()
+    return (count * away**2).sum() / len(place), (count * away**3).sum() / len(place)
 
 
 @dataclass(frozen=True)
@@ -173,30 +218,48 @@ def find_foreground(volume: Volume, level: Level) -> Foreground:
     return Foreground.posed(linear, level.probability(values), volume)
 
 
+class _Smoothed(LazyVoxels):
+    """Voxels as float32, blurred when they are read: box by box, so that they are never held as a whole."""
+
+    def __init__(self, voxels, sigma: np.ndarray):
+        super().__init__(voxels.shape, np.float32, getattr(voxels, "chunks", None))
+        self._voxels, self._sigma = voxels, sigma
+        self._halo = np.array([int(_TRUNCATE * s + 0.5) for s in sigma])
+
+    def _fetch(self, box) -> np.ndarray:
+        start = np.array([part.start for part in box])
+        low = np.maximum(start - self._halo, 0)
+        high = np.minimum([part.stop for part in box] + self._halo, self.shape)
+        around = self._voxels[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
+        blurred = gaussian_filter(np.asarray(around, np.float32), self._sigma, truncate=_TRUNCATE)
+        inside = zip(start - low, [part.stop - part.start for part in box], strict=True)
+        return blurred[tuple(slice(a, a + size) for a, size in inside)]
+
+
 def smoothed(volume: Volume) -> Volume:
     """float32, blurred by less than a voxel, least along coarse axes: single bright voxels are noise.
 
-    A volume of two values, a mask, comes back as it is.
+    Blurred as it is read. A volume of two values, a mask, comes back as it is.
     """
-    values = np.unique(np.asarray(volume.voxels[tuple(slice(None, None, 1 + (n > 64)) for n in volume.shape)]))
-    if len(values) <= 2:
+    values = _sample(volume.voxels)
+    if ((values == values.min()) | (values == values.max())).all():
         return volume
     step = np.array(volume.spacing_um or (1.0, 1.0, 1.0))
-    voxels = np.asarray(volume.voxels, np.float32)
-    return replace(volume, voxels=gaussian_filter(voxels, _BLUR_VOXELS * np.sqrt(step.min() / step), truncate=3))
+    return replace(volume, voxels=_Smoothed(volume.voxels, _BLUR_VOXELS * np.sqrt(step.min() / step)))
 
 
 def intensity_threshold(voxels: np.ndarray) -> float:
     """A level halfway, in log intensity, between the background's noise and the neurites' brightness.
 
     Noise is floored at one grey level (stacks with a cleaned background have a median and MAD of 0); brightness is
-    the 90th percentile of what lies above the noise. A mask of 0 and one other value gets half that value.
+    the 90th percentile of what lies above the noise. A mask of 0 and one other value gets half that value. Read off
+    a sample of some million voxels.
     """
-    values = np.asarray(voxels[tuple(slice(None, None, 1 + (size > 512)) for size in voxels.shape)])
+    values = _sample(voxels)
     low, high = float(values.min()), float(values.max())
     if ((values == low) | (values == high)).all():
-        return (low + high) / 2
-    grey = 1.0 if values.dtype.kind in "ui" else (high - low) / 255
+        return (min(low, 0.0) if low == high else low) / 2 + high / 2
+    grey = 1.0 if voxels.dtype.kind in "ui" else (high - low) / 255
     median = float(np.median(values))
     noise = _NOISE_LEVELS * max(1.4826 * float(np.median(np.abs(values - median))), grey)
     above = values[values > median + noise]
@@ -204,29 +267,44 @@ def intensity_threshold(voxels: np.ndarray) -> float:
     return median + math.sqrt(noise * brightness)
 
 
-def _slabs(voxels: np.ndarray):
-    """The volume in pieces of a few million voxels, with the flat index at which each starts."""
-    plane = int(np.prod(voxels.shape[1:]))
-    deep = max(1, _SLAB_VOXELS // plane)
+def _sample(voxels) -> np.ndarray:
+    """Every so many voxels along each axis, some million in all."""
+    every = max(1, math.ceil((math.prod(voxels.shape) / _SAMPLE_VOXELS) ** (1 / 3)))
+    return np.asarray(voxels[::every, ::every, ::every])
+
+
+def _parts(voxels):
+    """The volume part by part: (z, y, x) where it starts, voxels. On disk these are boxes of whole chunks (a slab of
+    them would grow with the plane), in memory slabs."""
+    if isinstance(voxels, LazyVoxels):
+        for box in pieces(voxels, _PIECE):
+            yield tuple(part.start for part in box), voxels[box]
+        return
+    deep = max(1, _SLAB_VOXELS // math.prod(voxels.shape[1:]))
     for z in range(0, voxels.shape[0], deep):
-        yield z * plane, np.asarray(voxels[z : z + deep])
+        yield (z, 0, 0), np.asarray(voxels[z : z + deep])
 
 
-def _value_range(voxels: np.ndarray) -> tuple[float, float]:
+def _value_range(voxels) -> tuple[float, float]:
     low, high = np.inf, -np.inf
-    for _, slab in _slabs(voxels):
-        low, high = min(low, float(slab.min())), max(high, float(slab.max()))
+    for _, part in _parts(voxels):
+        low, high = min(low, float(part.min())), max(high, float(part.max()))
         if not np.isfinite(low + high):
             raise ValueError("The volume holds NaN or infinite voxels: replace them before tracing.")
     return low, high
 
 
-def _scan(voxels: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+def _scan(voxels, threshold: float) -> tuple[np.ndarray, np.ndarray]:
     """Flat indices (int64, ascending) and float32 values of the voxels above the threshold."""
     linear, values = [], []
-    for start, slab in _slabs(voxels):
-        flat = slab.reshape(-1)
+    _, height, width = voxels.shape
+    for (z, y, x), part in _parts(voxels):
+        flat = part.reshape(-1)
         here = np.flatnonzero(flat > threshold)
-        linear.append(here + start)
         values.append(flat[here].astype(np.float32))
-    return np.concatenate(linear), np.concatenate(values)
+        rows, columns = np.divmod(here, part.shape[2])
+        planes, rows = np.divmod(rows, part.shape[1])
+        linear.append(((planes + z) * height + rows + y) * width + columns + x)
+    linear, values = np.concatenate(linear), np.concatenate(values)
+    order = np.argsort(linear, kind="stable")  # boxes come one after the other
+    return linear[order], values[order]

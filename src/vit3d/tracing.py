@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.spatial import cKDTree
 
-from vit3d.foreground import Foreground, find_foreground, find_level, smoothed
+from vit3d.foreground import Foreground, find_foreground, find_level, intensity_threshold, smoothed
 from vit3d.joining import join_fragments
 from vit3d.morphometry import resample
 from vit3d.skeleton import skeletonize
@@ -15,6 +15,7 @@ from vit3d.tree import SOMA, NeuronTree, follow
 from vit3d.volume import Volume
 
 _DUST_VOXELS = 6  # smaller components are noise
+_SPECKS, _THINNING, _SPECKS_LEFT = 100, 0.5, 0.05  # see `_dust`
 _GAP_VOXELS = 10  # in-plane voxels bridged by default
 _SOMA_FACTORS = (3.0, 1.8)  # a soma is this much thicker than the median and the 90th percentile of the neurites
 _SOMA_MIN_VOXELS = 4.0
@@ -89,7 +90,7 @@ def trace_with_review(
     level = find_level(volume.voxels, threshold)
     if threshold == "auto" and not level.is_probability:
         volume = smoothed(volume)
-        level = find_level(volume.voxels)
+        level = replace(level, threshold=intensity_threshold(volume.voxels))
     foreground = find_foreground(volume, level)
     if not len(foreground):
         warnings.warn(f"No voxel lies above the threshold {level.threshold:g}: the tree is empty.", stacklevel=3)
@@ -127,8 +128,26 @@ def _without_dust(foreground: Foreground) -> Foreground:
     """The foreground without tiny components."""
     component = foreground.components()
     size = np.bincount(component)
-    keep = size >= min(_DUST_VOXELS, size.max())
+    keep = size >= min(_dust(size), size.max())
     return foreground if keep.all() else foreground.select(keep[component])
+
+
+def _dust(size: np.ndarray) -> int:
+    """Components of fewer voxels are noise: 6, or more where there is so much salt that specks clump to larger ones.
+
+    Clumps of salt get rarer by a factor with each voxel more. Where small components are many and thin out like
+    that, fewer than 0.05 of them are expected to be as large as this.
+    """
+    count = np.bincount(np.minimum(size, _DUST_VOXELS), minlength=_DUST_VOXELS + 1)[1:-1]
+    many = count >= 10
+    if count.sum() < _SPECKS or not many[:2].all():
+        return _DUST_VOXELS
+    last = int(many.argmin()) - 1 if not many.all() else len(many) - 1
+    factor = (count[1 : last + 1] / count[:last]).max()
+    if factor > _THINNING:
+        return _DUST_VOXELS
+    expected = count[last] / (1 - factor)  # of size last + 1 or larger
+    return max(_DUST_VOXELS, last + 1 + math.ceil(math.log(_SPECKS_LEFT / expected) / math.log(factor)))
 
 
 def _neuron(

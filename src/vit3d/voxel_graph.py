@@ -47,7 +47,7 @@ def distance_to_background(
 def largest_balls(depth: np.ndarray, neighbours: np.ndarray, index: np.ndarray, step: np.ndarray) -> np.ndarray:
     """(N,) int32 row of the centre of (about) the largest inscribed ball that holds each voxel."""
     centre = np.arange(len(depth), dtype=np.int32)
-    for sweep in range(8):
+    for sweep in range(2):  # more change a voxel here and there
         if not _hand_on_balls(depth, neighbours, index, step, centre, sweep % 2 == 1):
             break
     return centre
@@ -91,9 +91,9 @@ def extract_branches(paths, depth, graph, rule):
     """
     parent, length = paths
     count = len(depth)
+    order = np.argsort(-length, kind="stable").astype(np.int32)
     owner, node = np.full(count, -1, np.int32), np.full(count, -1, np.int32)
     voxel, parents, starts, queue = (np.empty(count, np.int32) for _ in range(4))
-    order = np.argsort(-length, kind="stable")
     found = (voxel, parents, starts, owner, node, queue)
     nodes, branches = _extract(0, order, (parent, length, depth), np.array(rule), graph, found)
     voxel, parents, starts = voxel[:nodes], parents[:nodes], starts[:branches]
@@ -196,7 +196,7 @@ def _hand_on_balls(depth, neighbours, index, step, centre, backwards):
             j = neighbours[i, k]
             if j >= 0 and depth[centre[j]] > depth[centre[i]]:
                 c = centre[j]
-                if _within(index, i, c, step, depth[c], 1.0):
+                if _within(index, i, c, step, np.float64(depth[c]), 1.0):
                     centre[i] = c
                     changed = True
     return changed
@@ -280,7 +280,7 @@ def _cap_centre(tip, depth, graph, slope):
         for k in range(26):
             j = neighbours[i, k]
             onward = j >= 0 and depth[j] > deepest and _squared_distance(index, tip, j, step) > away
-            if onward and _within(index, tip, j, step, depth[j], 0.5):
+            if onward and _within(index, np.int32(tip), j, step, np.float64(depth[j]), 0.5):
                 best, deepest = j, depth[j]
     return i
 
@@ -331,7 +331,7 @@ def _extract(nodes, order, paths, rule, graph, found):
     voxel, parents, starts, owner, node, queue = found
     branches = 0  # `nodes` is 0 too, as an argument: as a literal it would be compiled three times
     for n in range(order.shape[0]):
-        v = order[n]
+        v = np.int64(order[n])
         if owner[v] >= 0:
             continue
         bare = 0
@@ -342,7 +342,7 @@ def _extract(nodes, order, paths, rule, graph, found):
         if hook < 0:
             queue[hops] = u
             hops += 1
-        elif bare < rule[2] or length[v] - length[u] < depth[u] + rule[3]:
+        elif hops == 0 or bare < rule[2] or length[v] - length[u] < depth[u] + rule[3]:
             for m in range(hops):
                 if owner[queue[m]] < 0:
                     owner[queue[m]] = hook
