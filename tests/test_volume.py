@@ -1,14 +1,18 @@
 """Volume: what readers and writer promise, on files built here and on the real ones beside the repository."""
 
 import struct
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import tifffile
 
-from vit3d import volume as volume_module
-from vit3d.volume import Volume, read_volume, write_volume
+from vit3d import lazy_voxels
+from vit3d import tiff as tiff_module
+from vit3d.volume import Volume, open_volume, read_volume, write_volume
 
 SPACING = (1.5, 0.33, 0.21)
 
@@ -64,7 +68,7 @@ def test_written_voxels_and_spacing_come_back(tmp_path, dtype, spacing):
 
 
 def test_a_volume_too_large_for_imagej_is_written_as_bigtiff(tmp_path, monkeypatch):
-    monkeypatch.setattr(volume_module, "_LARGEST_IMAGEJ_BYTES", 100)
+    monkeypatch.setattr(tiff_module, "_LARGEST_IMAGEJ_BYTES", 100)
     write_volume(Volume(noise(), SPACING), tmp_path / "a.tif")
     with tifffile.TiffFile(tmp_path / "a.tif") as tiff:
         assert tiff.is_bigtiff
@@ -94,9 +98,121 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert (tmp_path / "a.tif").read_bytes() == before
 
 
-def test_only_tiff_is_written(tmp_path):
-    with pytest.raises(ValueError, match=r"must end in \.tif"):
+def test_only_tiff_and_zarr_are_written(tmp_path):
+    with pytest.raises(ValueError, match=r"must end in \.tif, \.tiff or \.zarr"):
         write_volume(Volume(noise()), tmp_path / "a.v3draw")
+
+
+# ------------------------------------------------------------ opening without reading
+
+LAYOUTS = {
+    "contiguous": {},
+    "big-endian": {"byteorder": ">"},
+    "ImageJ": {"imagej": True, "metadata": {"axes": "ZYX"}},
+    "one header for all": {"truncate": True},
+    "strips": {"compression": "zlib", "rowsperstrip": 8},
+    "tiles": {"compression": "zstd", "tile": (16, 32)},
+    "uncompressed tiles": {"tile": (16, 32)},
+    "predictor": {"compression": "zlib", "predictor": True},
+    "OME": {"ome": True, "compression": "lzw", "metadata": {"axes": "ZYX"}},
+    "BigTIFF": {"bigtiff": True, "metadata": None, "compression": "zlib"},
+    "volumetric tiles": {"tile": (4, 16, 32), "volumetric": True, "compression": "zlib"},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_tiff_of_any_layout_gives_every_box(tmp_path, layout):
+    written = noise((9, 40, 70))
+    tifffile.imwrite(tmp_path / "a.tif", written, **LAYOUTS[layout])
+    volume = open_volume(tmp_path / "a.tif")
+    assert (volume.shape, volume.voxels.dtype) == (written.shape, np.uint16)
+    random = np.random.default_rng(1)
+    for _ in range(10):
+        index = tuple(slice(*sorted(random.integers(0, n + 2, 2)), int(random.integers(1, 3))) for n in written.shape)
+        assert (volume.voxels[index] == written[index]).all()
+        assert volume.voxels[index].dtype == np.uint16
+    assert (volume.voxels[-1, 3] == written[-1, 3]).all()
+    assert (np.asarray(volume.voxels) == written).all()
+    assert (read_volume(tmp_path / "a.tif").voxels == written).all()
+
+
+@pytest.mark.parametrize("layout", ["strips", "tiles", "volumetric tiles"])
+def test_only_what_meets_the_box_is_decoded(tmp_path, layout):
+    written = noise((9, 40, 70))
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, written, **LAYOUTS[layout])
+    with tifffile.TiffFile(path) as tiff:
+        far = [(at, n) for page in tiff.pages for at, n in zip(page.dataoffsets, page.databytecounts, strict=True)]
+    data = bytearray(path.read_bytes())
+    for at, size in far[1:]:
+        data[at : at + size] = bytes(size)
+    path.write_bytes(data)
+    voxels = open_volume(path).voxels
+    near = tuple(slice(0, chunk) for chunk in voxels.chunks)
+    assert (voxels[near] == written[near]).all()
+    with pytest.raises(ValueError, match=r"a\.tif is damaged"):
+        voxels[:, 20:]
+
+
+def test_a_chosen_channel_is_read_alone_whatever_lies_between(tmp_path):
+    for axes, shape in (("ZCYX", (9, 2, 40, 70)), ("CZYX", (2, 9, 40, 70)), ("ZYXS", (9, 40, 70, 3))):
+        for compression in (None, "zlib"):
+            written = noise(shape, np.uint8)
+            tifffile.imwrite(tmp_path / "a.ome.tif", written, metadata={"axes": axes}, compression=compression)
+            voxels = open_volume(tmp_path / "a.ome.tif", channel=1).voxels
+            expected = written.take(1, max(axes.find("C"), axes.find("S")))
+            assert (voxels[2:5, 3:9, ::2] == expected[2:5, 3:9, ::2]).all()
+            assert (np.asarray(voxels) == expected).all()
+
+
+def test_a_time_point_is_chosen_too(tmp_path):
+    written = noise((3, 9, 8, 7))
+    path = imagej(tmp_path / "a.tif", written, axes="TZYX")
+    assert (read_volume(path, time=2).voxels == written[2]).all()
+
+
+def test_a_raw_stack_opens_without_being_read(tmp_path):
+    path = tmp_path / "a.v3draw"
+    voxels = noise((2, 9, 33, 21), ">u2")
+    path.write_bytes(b"raw_image_stack_by_hpeng" + b"B" + struct.pack(">h4i", 2, 21, 33, 9, 2) + voxels.tobytes())
+    volume = open_volume(path, channel=1)
+    assert (volume.voxels[3:5, ::2] == voxels[1, 3:5, ::2]).all()
+    assert volume.voxels.dtype == np.uint16
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "tiles"])
+def test_several_threads_may_read_at_once(tmp_path, layout):
+    written = noise((16, 64, 96))
+    tifffile.imwrite(tmp_path / "a.tif", written, **LAYOUTS[layout])
+    voxels = open_volume(tmp_path / "a.tif").voxels
+    with ThreadPoolExecutor(8) as pool:
+        planes = list(pool.map(lambda z: voxels[z % 16], range(64)))
+    assert all((plane == written[z % 16]).all() for z, plane in enumerate(planes))
+
+
+@pytest.mark.slow
+def test_an_opened_stack_is_not_in_memory(tmp_path):
+    """Reading a corner of 400 MB takes a corner's memory, mapped or compressed."""
+    code = r"""
+import re, sys
+from vit3d.volume import open_volume
+# ru_maxrss may be the parent's
+peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) / 1024
+for path in sys.argv[1:]:
+    open_volume(path).voxels[:2, :8, :8]
+before = peak()
+for path in sys.argv[1:]:
+    voxels = open_volume(path).voxels
+    for z in range(0, 400, 20):
+        voxels[z : z + 20]
+print(peak() - before)
+"""
+    paths = [tmp_path / "mapped.tif", tmp_path / "tiles.tif"]
+    tifffile.imwrite(paths[0], shape=(400, 1000, 1000), dtype=np.uint8)  # a hole: takes no disk
+    tifffile.imwrite(paths[1], np.zeros((400, 1000, 1000), np.uint8), compression="zlib", tile=(512, 512))
+    done = subprocess.run([sys.executable, "-c", code, *map(str, paths)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 120
 
 
 # ------------------------------------------------------------ spacing from metadata
@@ -337,9 +453,9 @@ def test_a_header_that_declares_more_than_memory_is_refused_before_allocating(tm
 
 def test_the_memory_limit_is_the_memory_that_is_free(tmp_path, monkeypatch):
     path = imagej(tmp_path / "a.tif", noise())
-    monkeypatch.setattr(volume_module, "_free_bytes", lambda: noise().nbytes)
+    monkeypatch.setattr(lazy_voxels, "free_bytes", lambda: noise().nbytes)
     assert (read_volume(path).voxels == noise()).all()
-    monkeypatch.setattr(volume_module, "_free_bytes", lambda: noise().nbytes - 1)
+    monkeypatch.setattr(lazy_voxels, "free_bytes", lambda: noise().nbytes - 1)
     with pytest.raises(ValueError, match="memory are free"):
         read_volume(path)
 

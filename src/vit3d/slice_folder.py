@@ -1,0 +1,133 @@
+"""A folder of z-slices: one 2D image per file, in the order of the numbers in their names."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import tifffile
+from PIL import Image
+
+from .axes import stack_index
+from .lazy_voxels import Box, LazyVoxels, check_declared, damage_reported
+
+_SUFFIXES = (".tif", ".tiff", ".png")
+_NO_COMPANY = (".swc", ".eswc", ".zarr", ".v3draw", ".v3dpbd", ".lsm", ".btf", ".tf8")
+
+
+class SliceVoxels(LazyVoxels):
+    """Slices that lie in a file each; only those that meet the box are read."""
+
+    def __init__(self, files: list[Path], shape: tuple[int, ...], dtype: np.dtype, index: tuple):
+        self._files, self._page, self._index = files, shape[1:], index
+        super().__init__((len(files), *shape[1:3]), dtype, (1, *shape[1:3]))
+
+    def _fetch(self, box: Box) -> np.ndarray:
+        result = np.empty([b.stop - b.start for b in box], self.dtype)
+        for out, file in zip(result, self._files[box[0]], strict=True):
+            with damage_reported(file):
+                page = _pixels(file)
+            if page.shape != self._page:
+                raise ValueError(f"{file} has changed: {page.shape} pixels instead of {self._page}.")
+            out[:] = page[self._index[1:]][box[1:]]
+        return result
+
+
+def holds_slices(folder: Path) -> bool:
+    """Whether a folder's images are 2D, by the first and the last of them; more than one is needed.
+
+    Beside stacks of another kind or SWCs, images are pictures.
+    """
+    files = _images(folder)
+    if len(files) < 2 or any(path.suffix.lower() in _NO_COMPANY for path in folder.iterdir()):
+        return False
+    try:
+        return all(len(_header(file)[0]) in (2, 3) and _pages(file) == 1 for file in (files[0], files[-1]))
+    except ValueError:
+        return False
+
+
+def open_slices(folder: Path, channel: int | None = None) -> tuple[SliceVoxels, None]:
+    """The stack of a folder's slices, lazily; no spacing, for slices do not state their distance.
+
+    ValueError, in one sentence, for slices of different types, shapes or depths, and for a number that is left out.
+    """
+    files = _images(folder)
+    kinds = Counter(file.suffix.lower() for file in files)
+    if len(kinds) > 1:
+        said = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        raise ValueError(f"{folder} mixes images of several types ({said}); keep the slices of one stack alone in it.")
+    _check_numbers(files)
+    shape, dtype = _header(files[0])
+    for file in files[1:]:
+        if _header(file) != (shape, dtype) or _pages(file) != 1:
+            raise ValueError(
+                f"{folder} is no stack: {file.name} is {_said(*_header(file))}, but {files[0].name} is "
+                f"{_said(shape, dtype)}; slices must be equal."
+            )
+    check_declared(folder, (len(files), *shape), dtype, shape)
+    index = stack_index("ZYXS"[: 1 + len(shape)], (len(files), *shape), folder, channel)
+    return SliceVoxels(files, (len(files), *shape), dtype, index), None
+
+
+def _images(folder: Path) -> list[Path]:
+    """The folder's images in natural order: slice 10 after slice 9."""
+    files = (path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES and path.name[0] != ".")
+    return sorted(
+        files,
+        key=lambda path: [
+            (not word.isdigit(), int(word) if word.isdigit() else 0, word) for word in re.split(r"(\d+)", path.name)
+        ],
+    )
+
+
+def _check_numbers(files: list[Path]) -> None:
+    """ValueError where the slices' names differ in one number and that number leaves a gap."""
+    names = [re.split(r"(\d+)", file.stem) for file in files]
+    if len({len(words) for words in names}) > 1:
+        return
+    differing = [at for at, words in enumerate(zip(*names, strict=True)) if len(set(map(str, words))) > 1]
+    if len(differing) != 1 or differing[0] % 2 == 0:
+        return
+    numbers = [int(words[differing[0]]) for words in names]
+    steps = np.diff(numbers)
+    if (steps != steps.min()).any():
+        at = int(np.flatnonzero(steps != steps.min())[0])
+        raise ValueError(
+            f"{files[0].parent} lacks slices: after {files[at].name} comes {files[at + 1].name}; "
+            "restore or rename them."
+        )
+
+
+def _header(file: Path) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and depth of a slice, from its header alone."""
+    with damage_reported(file):
+        if file.suffix.lower() == ".png":
+            with Image.open(file) as image:
+                bands, (width, height) = image.getbands(), image.size
+                dtype = np.dtype({"1": bool, "I;16": "u2", "I;16B": "u2", "I": "i4"}.get(image.mode, "u1"))
+                return (height, width) + (len(bands),) * (len(bands) > 1), dtype
+        with tifffile.TiffFile(file) as tiff:
+            page = tiff.pages.first
+            if not page.dataoffsets or sum(page.databytecounts) > file.stat().st_size:
+                raise ValueError("its pixels are missing")
+            return page.shape, np.dtype(page.dtype)
+
+
+def _pages(file: Path) -> int:
+    if file.suffix.lower() == ".png":
+        return 1
+    with damage_reported(file), tifffile.TiffFile(file) as tiff:
+        return len(tiff.pages)
+
+
+def _pixels(file: Path) -> np.ndarray:
+    if file.suffix.lower() == ".png":
+        with Image.open(file) as image:
+            return np.asarray(image)
+    with tifffile.TiffFile(file) as tiff:
+        return tiff.pages.first.asarray()
+
+
+def _said(shape: tuple[int, ...], dtype: np.dtype) -> str:
+    return f"{' x '.join(map(str, shape))} of {dtype}"

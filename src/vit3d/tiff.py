@@ -1,0 +1,191 @@
+"""TIFF, OME-TIFF, ImageJ TIFF and LSM: what must hold before a voxel is believed, and reading them box by box."""
+
+import math
+import os
+import struct
+from functools import cached_property
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import tifffile
+
+from .axes import SpacingUm, spacing_of, stack_index
+from .lazy_voxels import Box, LazyVoxels, MappedVoxels, check_declared, damage_reported
+
+_LARGEST_IMAGEJ_BYTES = 4_000_000_000  # the offsets in ImageJ's TIFF are 32-bit
+
+
+class TiffVoxels(LazyVoxels):
+    """A stack in a compressed or scattered TIFF: only the strips or tiles that meet the box are decoded."""
+
+    def __init__(self, path: Path, tiff: tifffile.TiffFile, index: tuple):
+        self._path, self._tiff, self._index = path, tiff, index
+        self._series = tiff.series[0]
+        shape, page = self._series.shape, self._series.keyframe.chunks
+        stored = (*(1,) * (len(shape) - len(page)), *page)
+        kept = [axis for axis, part in enumerate(index) if isinstance(part, slice)]
+        chunks = [stored[axis] for axis in kept] if len(stored) == len(shape) else None
+        super().__init__([shape[axis] for axis in kept], self._series.dtype, chunks)
+
+    @cached_property
+    def _array(self):
+        import zarr  # a quarter of a second that stacks which are read whole need not wait
+
+        return zarr.open_array(self._series.aszarr(level=0), mode="r")
+
+    def _fetch(self, box: Box) -> np.ndarray:
+        with damage_reported(self._path):
+            if box == tuple(slice(0, size, 1) for size in self.shape) and len(self._index) == 3:
+                return self._series.asarray()  # several threads at once
+            kept = iter(box)
+            return self._array[tuple(next(kept) if isinstance(part, slice) else part for part in self._index)]
+
+    def close(self) -> None:
+        self._tiff.close()
+
+
+def open_tiff(path: Path, channel: int | None, time: int | None = None) -> tuple[LazyVoxels, SpacingUm | None]:
+    """The voxels of a whole, undamaged TIFF, lazily, and their spacing; ValueError, in one sentence, otherwise."""
+    _check_tiff_structure(path)
+    with damage_reported(path):
+        tiff = tifffile.TiffFile(path)
+    try:
+        return _voxels(path, tiff, channel, time), _stated_spacing(tiff)
+    except BaseException:
+        tiff.close()
+        raise
+
+
+def _voxels(path: Path, tiff: tifffile.TiffFile, channel: int | None, time: int | None) -> LazyVoxels:
+    with damage_reported(path):
+        series = tiff.series[0]
+        declared = _declared_size(tiff)
+        num_pages, whole = len(series.pages), all(_is_whole(page) for page in series.pages)
+    contiguous = series.dataoffset is not None  # ImageJ's large stacks have one page header for all
+    found = series.size if contiguous else num_pages * series.keyframe.size
+    if {found, declared or found} != {series.size} or not whole:
+        raise ValueError(
+            f"{path} is incomplete: its header declares {declared or series.size} voxels, but "
+            "some of their pages or bytes are missing; copy or export it again."
+        )
+    index = stack_index(series.axes, series.shape, path, channel, time)
+    dtype = np.dtype(series.dtype)
+    if contiguous:
+        if series.dataoffset + series.nbytes > path.stat().st_size:
+            raise _cut_short(path, "its voxels", series.dataoffset + series.nbytes)
+        tiff.close()
+        return MappedVoxels(path, dtype.newbyteorder(tiff.byteorder), series.dataoffset, series.shape, index)
+    check_declared(path, series.shape, dtype, series.keyframe.chunks)
+    with damage_reported(path):
+        return TiffVoxels(path, tiff, index)
+
+
+def write_tiff(voxels: np.ndarray, path: Path, spacing_um: SpacingUm | None) -> None:
+    """A zlib-compressed TIFF, ImageJ's where its depth and size allow, else OME's; there only when whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        tifffile.imwrite(temporary, voxels, compression="zlib", **_tiff_header(voxels, spacing_um))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _cut_short(path: Path, what: str, end: int) -> ValueError:
+    size = path.stat().st_size
+    return ValueError(f"{path} is cut short: {what} would end at byte {end}, the file ends at {size}.")
+
+
+def _check_tiff_structure(path: Path) -> None:
+    """Every page header, and every value it points to, lies inside the file.
+
+    tifffile ends its page list silently where the chain breaks, and so returns a part of a truncated stack.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(16)
+        order, big = {b"II": "<", b"MM": ">"}.get(head[:2]), head[2:4] in (b"+\0", b"\0+")
+        if order is None or len(head) < 16 or head[2:4] not in (b"*\0", b"\0*", b"+\0", b"\0+"):
+            raise ValueError(f"{path} is not a TIFF image, whatever its name says.")
+        count_code, offset_code, inline = ("Q", "Q", 8) if big else ("H", "I", 4)
+        entry = np.dtype(f"{order}u2, {order}u2, {order}u{inline}, {order}u{inline}")
+        entry.names = "tag", "type", "count", "value"
+        count_bytes = struct.calcsize(count_code)
+        (offset,) = struct.unpack_from(order + offset_code, head, 8 if big else 4)
+        seen = set()
+        while offset and offset not in seen:
+            seen.add(offset)
+            file.seek(min(offset, size))
+            raw = file.read(count_bytes)
+            entries = struct.unpack(order + count_code, raw)[0] if len(raw) == count_bytes else 1
+            end = offset + count_bytes + entries * entry.itemsize + inline
+            if end > size:
+                raise _cut_short(path, f"the header of page {len(seen)}", end)
+            body = file.read(end - offset - count_bytes)
+            tags = np.frombuffer(body, entry, count=entries)
+            _check_tag_values(path, tags, inline, size)
+            (offset,) = struct.unpack(order + offset_code, body[-inline:])
+
+
+def _check_tag_values(path: Path, tags: np.ndarray, inline: int, size: int) -> None:
+    bytes_per_type = np.array([0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8])
+    num_bytes = tags["count"].astype(float) * bytes_per_type[np.minimum(tags["type"], 18)]
+    ends = np.where(num_bytes > inline, tags["value"] + num_bytes, 0)
+    if ends.max(initial=0) > size:
+        raise _cut_short(path, f"the value of tag {tags['tag'][ends.argmax()]}", int(ends.max()))
+
+
+def _is_whole(page: tifffile.TiffPage | tifffile.TiffFrame | None) -> bool:
+    """All strips or tiles lie inside the file; None is a page that a description names but no file holds."""
+    if page is None or not page.dataoffsets:
+        return False
+    ends = map(sum, zip(page.dataoffsets, page.databytecounts, strict=True))
+    return max(ends) <= page.parent.filehandle.size
+
+
+def _declared_size(tiff: tifffile.TiffFile) -> int | None:
+    """Number of voxels that the description promises; None where it promises nothing."""
+    if tiff.is_ome:
+        pixels = _ome_pixels(tiff)
+        return math.prod(int(pixels.get(f"Size{axis}", 1)) for axis in "XYZCT")
+    if tiff.is_imagej:
+        return int(tiff.imagej_metadata.get("images", 1)) * tiff.pages.first.size
+    if tiff.is_shaped:
+        return math.prod(tiff.shaped_metadata[0]["shape"])
+    return None
+
+
+def _stated_spacing(tiff: tifffile.TiffFile) -> SpacingUm | None:
+    """Spacing (z, y, x) in um where the file states a physical unit; a bare resolution in dpi is no such."""
+    if tiff.is_ome:
+        pixels = _ome_pixels(tiff)
+        steps = [float(pixels.get(f"PhysicalSize{axis}", 0)) for axis in "ZYX"]
+        units = [pixels.get(f"PhysicalSize{axis}Unit", "µm") for axis in "ZYX"]
+    elif tiff.is_lsm:
+        steps = [tiff.lsm_metadata[f"VoxelSize{axis}"] for axis in "ZYX"]
+        units = ["m"] * 3
+    elif tiff.is_imagej:
+        # ImageJ leaves `spacing` out when it is 1, and writes it negative for stacks taken downwards.
+        tags = tiff.pages.first.tags
+        per_pixel = [tags.valueof(f"{axis}Resolution", default=(0, 1)) for axis in "YX"]
+        steps = [abs(float(tiff.imagej_metadata.get("spacing", 1)))]
+        steps += [length / pixels if pixels else math.inf for pixels, length in per_pixel]
+        units = [str(tiff.imagej_metadata.get("unit", ""))] * 3
+    else:
+        return None
+    return spacing_of(steps, units)
+
+
+def _ome_pixels(tiff: tifffile.TiffFile) -> dict[str, str]:
+    root = ElementTree.fromstring(tiff.ome_metadata)
+    return next(element for element in root.iter() if element.tag.endswith("}Pixels")).attrib
+
+
+def _tiff_header(voxels: np.ndarray, spacing_um: SpacingUm | None) -> dict:
+    z, y, x = spacing_um or (1.0, 1.0, 1.0)
+    if voxels.dtype in (np.uint8, np.uint16, np.float32) and voxels.nbytes <= _LARGEST_IMAGEJ_BYTES:
+        unit = {"unit": "um", "spacing": z} if spacing_um else {}
+        return {"imagej": True, "resolution": (1 / x, 1 / y), "metadata": {"axes": "ZYX", **unit}}
+    sizes = {"PhysicalSizeZ": z, "PhysicalSizeY": y, "PhysicalSizeX": x} if spacing_um else {}
+    units = {f"{name}Unit": "µm" for name in sizes}
+    return {"ome": True, "bigtiff": True, "metadata": {"axes": "ZYX", **sizes, **units}}

@@ -1,0 +1,117 @@
+"""A folder of z-slices is a stack, or what is wrong with it is said in one sentence."""
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from vit3d.volume import is_stack, open_volume, read_volume
+
+
+def noise(shape=(12, 20, 30), dtype=np.uint16):
+    return np.random.default_rng(0).integers(0, 200, shape).astype(dtype)
+
+
+def slices(folder, voxels, name="s{}.tif", **options):
+    folder.mkdir()
+    for z, plane in enumerate(voxels):
+        path = folder / name.format(z)
+        if path.suffix == ".png":
+            Image.fromarray(plane).save(path)
+        else:
+            tifffile.imwrite(path, plane, **options)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["s{}.tif", "2024-05-01_{:04d}.TIFF", "{}_ch00.tif", "s{}.png"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_slices_are_stacked_in_the_order_of_their_numbers(tmp_path, name, dtype):
+    voxels = noise(dtype=dtype)
+    folder = slices(tmp_path / "a", voxels, name)
+    (folder / ".hidden.tif").write_bytes(b"x")
+    (folder / "notes.txt").write_text("taken on Monday")
+    read = read_volume(folder)
+    assert read.voxels.dtype == dtype
+    assert (read.voxels == voxels).all()
+    assert read.spacing_um is None
+    assert read_volume(folder, spacing_um=(2, 1, 1)).spacing_um == (2, 1, 1)
+    assert is_stack(folder)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_a_box_reads_its_slices_alone(tmp_path, compression):
+    voxels = noise()
+    folder = slices(tmp_path / "a", voxels, compression=compression)
+    volume = open_volume(folder)
+    assert (volume.shape, volume.voxels.chunks) == (voxels.shape, (1, 20, 30))
+    for path in folder.iterdir():
+        if path.name not in ("s10.tif", "s11.tif"):
+            path.write_bytes(b"gone")
+    assert (volume.voxels[10:, 3:9, ::2] == voxels[10:, 3:9, ::2]).all()
+    with pytest.raises(ValueError, match=r"s9\.tif is damaged"):
+        volume.voxels[9]
+
+
+def test_a_channel_of_colour_slices_is_chosen(tmp_path):
+    voxels = noise((12, 20, 30, 3), np.uint8)
+    for name in ("s{}.tif", "s{}.png"):
+        folder = slices(tmp_path / name[-3:], voxels, name)
+        with pytest.raises(ValueError, match=r"3 channels \(RGB\)"):
+            open_volume(folder)
+        assert (read_volume(folder, channel=2).voxels == voxels[..., 2]).all()
+
+
+def test_slices_that_are_not_equal_are_named(tmp_path):
+    folder = slices(tmp_path / "a", noise())
+    tifffile.imwrite(folder / "s5.tif", noise((21, 30)))
+    with pytest.raises(ValueError, match=r"a is no stack: s5\.tif is 21 x 30 of uint16, but s0\.tif is 20 x 30"):
+        open_volume(folder)
+    tifffile.imwrite(folder / "s5.tif", noise((20, 30), np.uint8))
+    with pytest.raises(ValueError, match=r"s5\.tif is 20 x 30 of uint8"):
+        open_volume(folder)
+    tifffile.imwrite(folder / "s5.tif", noise((2, 20, 30)))
+    with pytest.raises(ValueError, match=r"s5\.tif"):
+        open_volume(folder)
+
+
+def test_a_slice_that_is_cut_short_is_named(tmp_path):
+    folder = slices(tmp_path / "a", noise())
+    (folder / "s5.tif").write_bytes((folder / "s5.tif").read_bytes()[:600])
+    with pytest.raises(ValueError, match=r"s5\.tif is damaged"):
+        open_volume(folder)
+
+
+@pytest.mark.parametrize("lost", [1, 6, 10])
+def test_a_lost_slice_is_missed(tmp_path, lost):
+    folder = slices(tmp_path / "a", noise(), "s{:03d}.tif")
+    (folder / f"s{lost:03d}.tif").unlink()
+    with pytest.raises(ValueError, match=rf"lacks slices: after s{lost - 1:03d}\.tif comes s{lost + 1:03d}\.tif"):
+        open_volume(folder)
+
+
+def test_numbers_may_have_any_step(tmp_path):
+    folder = slices(tmp_path / "a", noise())
+    for path in list(folder.iterdir()):
+        path.rename(folder / f"z{int(path.stem[1:]) * 5 + 3}um.tif")
+    assert (read_volume(folder).voxels == noise()).all()
+
+
+def test_images_of_several_types_are_not_guessed_among(tmp_path):
+    folder = slices(tmp_path / "a", noise(dtype=np.uint8))
+    Image.fromarray(noise((20, 30), np.uint8)).save(folder / "t0.png")
+    with pytest.raises(ValueError, match=r"mixes images of several types \(12 \.tif, 1 \.png\)"):
+        open_volume(folder)
+
+
+def test_a_folder_of_stacks_or_of_pictures_beside_trees_is_no_stack(tmp_path):
+    stacks = tmp_path / "stacks"
+    stacks.mkdir()
+    for name in ("a.tif", "b.tif"):
+        tifffile.imwrite(stacks / name, noise(), metadata={"axes": "ZYX"})
+    results = slices(tmp_path / "results", noise((2, 20, 30), np.uint8), "s{}.png")
+    (results / "s0.swc").touch()
+    (tmp_path / "empty").mkdir()
+    for folder in (stacks, results, tmp_path / "empty"):
+        assert not is_stack(folder)
+        with pytest.raises(ValueError, match="folder without z-slices"):
+            open_volume(folder)
