@@ -110,6 +110,17 @@ def test_dark_neurites_are_found_and_look_like_bright_ones(noise):
     assert_array_equal(foreground(dark, measure(dark)), foreground(bright, measure(bright)))
 
 
+@pytest.mark.parametrize("polarity", ["bright", "dark"])
+def test_uneven_light_does_not_hide_which_side_the_neurites_are_on(polarity):
+    """Its own tails are longer than the neurite's, on both sides."""
+    z, y, x = np.indices((32, 128, 128))
+    light = 60 * np.sin(x / 60) * np.sin(y / 80)
+    strand = 60 * np.exp(-((y - 64 - 10 * np.sin(x / 15)) ** 2 + (z - 16) ** 2) / 4)
+    noise = np.random.default_rng(0).normal(0, 2, light.shape)
+    voxels = 128 + light + noise + (strand if polarity == "bright" else -strand)
+    assert measure(voxels.clip(0, 255).astype(np.uint8)).polarity == polarity
+
+
 def test_a_named_polarity_is_taken_at_its_word():
     voxels = neurite()
     assert measure(voxels, "dark").polarity == "dark"

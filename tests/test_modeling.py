@@ -272,6 +272,39 @@ def test_the_network_is_built_without_memory_and_loaded_in_the_dtype_of_its_file
             assert torch.equal(parameter.bfloat16(), model.state_dict()[name]), name
 
 
+def test_a_head_of_another_size_is_made_anew_and_the_rest_is_kept(tmp_path):
+    saved = tiny_model()
+    saved.save_pretrained(tmp_path)
+    labels = {"id2label": {0: "axon", 1: "dendrite"}, "label2id": {"axon": 0, "dendrite": 1}}
+    loaded = ViT3DForNeuronSegmentation.from_pretrained(tmp_path, num_labels=2, ignore_mismatched_sizes=True, **labels)
+    state = saved.state_dict()
+    for name, tensor in loaded.state_dict().items():
+        if name.startswith("head.classifier."):
+            assert len(tensor) == 2
+            assert tensor.abs().max() <= 3, name  # memory nobody has written may hold anything
+        else:
+            assert torch.equal(tensor, state[name]), name
+    assert loaded(window("volume")).logits.shape[1] == 2
+
+
+@torch.no_grad()
+def test_shards_and_a_device_map_give_the_same_network(prediction, tmp_path):
+    saved, pixel_values = tiny_model(prediction), window(prediction)
+    saved.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    loaded = ViT3DForNeuronSegmentation.from_pretrained(tmp_path, device_map={"": "cpu"})
+    assert torch.equal(loaded(pixel_values).logits, saved(pixel_values).logits)
+
+
+def test_a_config_comes_back_as_it_was(prediction, tmp_path):
+    config = tiny_config(prediction, training_spacing_um=(1.0, 0.33, 0.33), image_mean=0.3)
+    config.save_pretrained(tmp_path)
+    loaded = ViT3DConfig.from_pretrained(tmp_path)
+    expected, found = ({k: v for k, v in c.to_dict().items() if k != "custom_pipelines"} for c in (config, loaded))
+    assert found == expected
+    assert ViT3DConfig.from_dict(loaded.to_dict()).to_dict() == loaded.to_dict()
+
+
 # --- the ways to run it ----------------------------------------------------------------------------------------
 
 
@@ -317,6 +350,36 @@ def test_hidden_states_and_attentions_come_when_asked(prediction):
     assert torch.equal(model(pixel_values, return_dict=False)[0], silent.logits)
     model.config.output_hidden_states = True
     assert len(model(pixel_values).hidden_states) == NUM_LAYERS + 1
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_reach_hidden_states_and_attentions(prediction, checkpointing):
+    model = tiny_model(prediction).train()
+    model.set_attn_implementation("eager")
+    expected = model(window(prediction), output_hidden_states=True).hidden_states
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    outputs = model(window(prediction), output_hidden_states=True, output_attentions=not checkpointing)
+    kept = [*outputs.hidden_states[:-1], *(outputs.attentions or ())]
+    for tensor in kept:
+        tensor.retain_grad()
+    outputs.logits.sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip(outputs.hidden_states, expected, strict=True))
+    assert all(tensor.grad is not None and tensor.grad.any() for tensor in kept)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("base", [False, True])
+def test_a_tuple_holds_what_the_output_holds(prediction, base):
+    model = tiny_model(prediction)
+    model.set_attn_implementation("eager")
+    model, flags = (model.vit3d if base else model), {"output_hidden_states": True, "output_attentions": True}
+    named = model(window(prediction), **flags)
+    plain = model(window(prediction), **flags, return_dict=False)
+    assert len(plain) == len(named.to_tuple()) == 3
+    assert torch.equal(plain[0], named[0])
+    for several, expected in zip(plain[1:], named.to_tuple()[1:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(several, expected, strict=True))
 
 
 @torch.no_grad()

@@ -37,10 +37,13 @@ class Style:
 
     @classmethod
     def random(cls, rng: np.random.Generator, spacing_um: Spacing) -> "Style":
-        """Anything between a bare axon and a bushy cell, drawn in x-voxels and scaled by `spacing_um`."""
+        """Anything between a bare axon and a bushy cell, or a tract of thin axons of many cells; drawn in x-voxels
+        and scaled by `spacing_um`."""
         voxel_um = spacing_um[2]
-        stem = _log_uniform(rng, 0.7, 4.5) * voxel_um
-        soma = rng.uniform(3, 6) * stem * (rng.random() < 0.3)
+        is_tract = rng.random() < 0.2
+        stem = _log_uniform(rng, 0.7, 1.8 if is_tract else 4.5) * voxel_um
+        soma = rng.uniform(3, 6) * stem * (rng.random() < 0.3) * (not is_tract)
+        num_stems = int(rng.integers(4, 15) if is_tract else rng.integers(1, 6 if soma else 4))
         return cls(
             stem_radius_um=stem,
             thinnest_um=min(stem, rng.uniform(0.5, 1.0) * voxel_um),
@@ -53,7 +56,7 @@ class Style:
             boutons=rng.uniform(0, 1) * (rng.random() < 0.6),
             brightness_spread=rng.uniform(0.1, 0.8),
             soma_radius_um=soma,
-            num_stems=int(rng.integers(1, 6)) if soma else int(rng.integers(1, 4)),
+            num_stems=num_stems,
         )
 
 

@@ -67,18 +67,31 @@ class BlockPlan:
         for start in product(*self._starts):
             yield Block(start, self.window)
 
-    def weight(self, block: Block) -> np.ndarray:
-        """(depth, height, width) float32; over all blocks the weights of a voxel add up to 1."""
-        z, y, x = (self._profiles[axis][start] for axis, start in enumerate(block.start))
+    def meeting(self, box: Box) -> list[Block]:
+        """The blocks that hold a voxel of `box`, in the plan's order; found without looking at the others."""
+        spans = zip(self._starts, self.window, box, strict=True)
+        near = [[s for s in starts if s < b.stop and s + size > b.start] for starts, size, b in spans]
+        return [Block(start, self.window) for start in product(*near)]
+
+    def weight(self, block: Block, crop: Box = (slice(None),) * 3) -> np.ndarray:
+        """(depth, height, width) float32, or a crop of it; over all blocks the weights of a voxel add up to 1."""
+        z, y, x = (self._profiles[axis][start][crop[axis]] for axis, start in enumerate(block.start))
         return z[:, None, None] * y[:, None] * x
 
 
-def assemble(plan: BlockPlan, results: Iterable[tuple[Block, np.ndarray]]) -> np.ndarray:
-    """Weighted sum of window results, float32, in the volume's shape. A block left out counts as zeros."""
-    volume = np.zeros(plan.shape, dtype=np.float32)
+def assemble(plan: BlockPlan, results: Iterable[tuple[Block, np.ndarray]], box: Box | None = None) -> np.ndarray:
+    """Weighted sum of window results, float32, of the volume's shape or of a `box` of it.
+
+    A block left out counts as zeros.
+    """
+    box = box or tuple(slice(0, size) for size in plan.shape)
+    volume = np.zeros([b.stop - b.start for b in box], dtype=np.float32)
     for block, result in results:
-        crop = block.crop(plan.shape)
-        volume[block.inside(plan.shape)] += result[crop] * plan.weight(block)[crop]
+        spans = list(zip(box, block.inside(plan.shape), block.start, strict=True))
+        met = [slice(max(b.start, i.start), min(b.stop, i.stop)) for b, i, _ in spans]
+        there = tuple(slice(m.start - b.start, m.stop - b.start) for m, (b, _, _) in zip(met, spans, strict=True))
+        crop = tuple(slice(m.start - s, m.stop - s) for m, (_, _, s) in zip(met, spans, strict=True))
+        volume[there] += result[crop] * plan.weight(block, crop)
     return volume
 
 

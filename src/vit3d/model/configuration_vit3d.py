@@ -1,7 +1,11 @@
 """What the network is."""
 
+from pathlib import Path
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+FROM_THE_HUB = __name__.startswith("transformers_modules.")  # run with `trust_remote_code`, not from the package
 
 
 @strict
@@ -55,9 +59,18 @@ class ViT3DConfig(PreTrainedConfig):
         if "num_labels" not in kwargs:
             kwargs.setdefault("id2label", {0: "neurite"})
             kwargs.setdefault("label2id", {"neurite": 0})
+        if not FROM_THE_HUB:
+            kwargs.pop("custom_pipelines", None)  # ours is registered; the entry would ask for `trust_remote_code`
         super().__post_init__(**kwargs)
         for validate in (self.validate_sizes, self.validate_prediction, self.validate_layers):
             validate()  # `strict` does it too, but wraps the sentence in an error that is no ValueError
+
+    def save_pretrained(self, save_directory: str | Path, *args, **kwargs):
+        """As any config, and with it the code, so that every save of a network works where vit3d is not installed."""
+        from .auto_vit3d import carry_code  # here, not above: it imports this file
+
+        carry_code(self, save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
     def grid_size(self) -> tuple[int, int, int]:

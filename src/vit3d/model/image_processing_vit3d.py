@@ -44,6 +44,13 @@ class ViT3DImageProcessor(BaseImageProcessor):
         names = ("volume_size", "patch_size", "image_mean", "image_std")
         return cls(**{name: getattr(config, name) for name in names}, **kwargs)
 
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As any processor, and with it the code: it works where vit3d is not installed."""
+        from .auto_vit3d import carry_code  # here, not above: it imports this file
+
+        carry_code(self, save_directory)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
     def measure(self, voxels) -> IntensityStatistics:
         """Background, noise, bright level and polarity of a whole volume."""
         return measure(voxels, self.polarity)

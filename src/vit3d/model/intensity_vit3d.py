@@ -5,6 +5,7 @@ block would draw seams. Arrays are (depth, height, width).
 """
 
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import product
 
 import numpy as np
@@ -16,6 +17,7 @@ LEAST_FACTOR = 3.5  # but never by less than this many noises
 DISPLAY_GAMMA = 1 / 2.2  # photographs are gamma-encoded, microscope stacks are linear in light
 _SAMPLE_VOXELS = 12_000_000  # statistics of a larger volume come from groups of slices that hold about so many
 _MIN_GROUPS = 4
+_PROBES, _PROBE = 128, (12, 96, 96)  # where a few slices alone would be too many voxels: boxes all over the volume
 _TILE = (16, 64, 64)
 _CELL = (4, 16, 16)  # voxels over which the ground is averaged; whole cells make a tile
 _MIN_CONTRAST = 3.0  # upper bound at least this many noises above the background
@@ -29,7 +31,8 @@ class IntensityStatistics:
     its local ground (floored at one grey level), `bright` the level at which a neurite counts as fully bright, on
     the side that `polarity` names: above the background ("bright", fluorescence) or below it ("dark",
     brightfield). `sure` is False when the volume does not show which side holds the neurites, or when brightness
-    alone cannot tell them from its noise; everything is then computed.
+    alone cannot tell them from its noise; everything is then computed. `ceiling` is the level beyond which nothing
+    passes for ground (see `local_background`); None takes it from the voxels at hand.
     """
 
     background: float
@@ -37,6 +40,7 @@ class IntensityStatistics:
     bright: float
     polarity: str = "bright"
     sure: bool = True
+    ceiling: float | None = None
 
     @property
     def sign(self) -> float:
@@ -97,24 +101,34 @@ def measure(voxels, polarity: str = "auto") -> IntensityStatistics:
     floor = _grey_level(slabs, sample, background, spread)
     sure = True
     if polarity == "auto":
-        polarity, sure = _polarity(sample, max(spread, floor))
+        # uneven light has tails of its own, so the stack without it is asked first
+        level = np.concatenate([(b - _level(s)).reshape(-1)[::thin] for b, s in zip(blurred, slabs, strict=True)])
+        polarity, sure = _polarity(level, max(_spread(level), floor))
+        if not sure:
+            polarity, sure = _polarity(sample, max(spread, floor))
     sign = -1.0 if polarity == "dark" else 1.0
     sample *= sign
     signal = sample[sample > NOISE_FACTOR * max(spread, floor)]
     contrast = float(np.percentile(signal, 80)) if signal.size else 0.0
     contrast = max(contrast, _MIN_CONTRAST * max(spread, floor))
-    grounds = [_spread_out(local_background(slab, sign), slab.shape) for slab in slabs]
+    cells = [local_background(slab, sign, np.inf * sign) for slab in slabs]
+    ceiling = float(np.percentile(np.concatenate([part.reshape(-1) for part in cells]) * sign, 98)) * sign
+    grounds = [
+        _spread_out(sign * np.minimum(c * sign, ceiling * sign), s.shape) for c, s in zip(cells, slabs, strict=True)
+    ]
     raised = np.concatenate([(b - g).reshape(-1)[::thin] for b, g in zip(blurred, grounds, strict=True)])
     noise = max(_spread(raised), floor)
     too_noisy = noise > floor and LEAST_FACTOR * noise > 2 * FAINT_SHARE * contrast
-    return IntensityStatistics(background, noise, background + sign * contrast, polarity, sure and not too_noisy)
+    sure = sure and not too_noisy
+    return IntensityStatistics(background, noise, background + sign * contrast, polarity, sure, ceiling)
 
 
 def normalize(voxels, statistics: IntensityStatistics) -> np.ndarray:
     """Grey levels -> [0, 1] as a photograph would show them: background near 0, neurites bright, gamma-encoded."""
-    scale = np.float32(statistics.sign / abs(statistics.bright - statistics.background))
-    values = (np.asarray(voxels, dtype=np.float32) - np.float32(statistics.background)) * scale
-    return np.clip(values, 0.0, 1.0) ** np.float32(DISPLAY_GAMMA)
+    voxels = np.asarray(voxels)
+    if voxels.dtype in (np.uint8, np.uint16):  # few grey levels: each is looked up, five times as fast
+        return np.take(_normalized_levels(statistics, voxels.dtype), voxels)
+    return _normalize(voxels, statistics)
 
 
 def foreground(voxels, statistics: IntensityStatistics) -> np.ndarray:
@@ -128,7 +142,7 @@ def foreground(voxels, statistics: IntensityStatistics) -> np.ndarray:
     if not statistics.sure:
         return np.ones(shape, dtype=bool)
     mask = np.zeros(shape, dtype=bool)
-    sign, cells = statistics.sign, local_background(voxels, statistics.sign)
+    sign, cells = statistics.sign, local_background(voxels, statistics.sign, statistics.ceiling)
     for tile, read, crop in _tiles(shape):
         ground = cells[tuple(slice(t.start // c, -(-t.stop // c)) for t, c in zip(tile, _CELL, strict=True))]
         part = np.asarray(voxels[read])
@@ -139,12 +153,23 @@ def foreground(voxels, statistics: IntensityStatistics) -> np.ndarray:
     return mask
 
 
-def local_background(voxels, sign: float) -> np.ndarray:
+def foreground_reach(box: tuple[slice, ...], shape: tuple[int, int, int]) -> tuple[slice, ...]:
+    """The part of a volume of this shape that decides `foreground` inside `box`: whole cells, and two more around.
+
+    With statistics that hold a `ceiling`, `foreground` of that part is, inside the box, that of the whole volume.
+    """
+    axes = zip(box, _CELL, shape, strict=True)
+    return tuple(
+        slice(max(b.start // cell - 2, 0) * cell, min((-(-b.stop // cell) + 2) * cell, size)) for b, cell, size in axes
+    )
+
+
+def local_background(voxels, sign: float, ceiling: float | None = None) -> np.ndarray:
     """Ground level around each cell of 4 x 16 x 16 voxels, float32, one number per cell.
 
     The 30th percentile (counted from the ground's side, `sign` 1 for bright neurites) of the mean grey levels of
     5 x 5 x 5 cells: neurites fill few of them. A soma larger than that is kept from passing for ground by a
-    ceiling, the 98th percentile over all cells.
+    ceiling, by default the 98th percentile over all cells.
     """
     pads = [(0, -size % cell) for size, cell in zip(np.shape(voxels), _CELL, strict=True)]
     slabs = range(0, np.shape(voxels)[0], _CELL[0])
@@ -153,7 +178,8 @@ def local_background(voxels, sign: float) -> np.ndarray:
     around = np.lib.stride_tricks.sliding_window_view(padded, (5, 5, 5)).reshape(*means.shape, 125)
     rank = int(0.3 * 125)
     ground = np.stack([np.partition(plane, rank, axis=-1)[..., rank] for plane in around])
-    return np.minimum(ground, np.percentile(ground, 98)) * np.float32(sign)
+    highest = np.percentile(ground, 98) if ceiling is None else np.float32(ceiling * sign)
+    return np.minimum(ground, highest) * np.float32(sign)
 
 
 def occupied_patches(mask: np.ndarray, patch_size: tuple[int, int, int]) -> np.ndarray:
@@ -177,6 +203,12 @@ def _polarity(deviation: np.ndarray, noise: float) -> tuple[str, bool]:
     if dark > bright:
         return "dark", bool(dark > 2 * bright)
     return "bright", bool(bright > 1.5 * dark)
+
+
+def _level(slab: np.ndarray) -> np.ndarray:
+    """The ground of a stack whose polarity nobody knows yet: midway between the grounds of both."""
+    grounds = (local_background(slab, sign, np.inf * sign) for sign in (1.0, -1.0))
+    return _spread_out(sum(grounds) / np.float32(2), slab.shape)
 
 
 def _cell_means(slab: np.ndarray, pads) -> np.ndarray:
@@ -220,13 +252,27 @@ def _tiles(shape: tuple[int, int, int]):
 
 
 def _sample(voxels) -> list[np.ndarray]:
-    """The whole volume when small, else evenly spaced groups of five slices: the blur sees real neighbours."""
+    """The whole volume when small, else evenly spaced groups of five slices: the blur sees real neighbours.
+
+    Where the slices themselves are large, small boxes spread over the volume: memory must not follow its size.
+    """
     depth, height, width = voxels.shape
+    if min(depth, 5 * _MIN_GROUPS) * height * width > 2 * _SAMPLE_VOXELS:
+        return [np.asarray(voxels[probe]) for probe in _probes(voxels.shape)]
     groups = max(_MIN_GROUPS, _SAMPLE_VOXELS // (5 * height * width))
     if depth <= 5 * groups:
-        return [np.asarray(voxels)]
+        return [np.asarray(voxels[:depth])]
     starts = np.linspace(0, depth - 5, groups).astype(int)
     return [np.asarray(voxels[start : start + 5]) for start in starts]
+
+
+def _probes(shape: tuple[int, int, int]):
+    """Boxes that fill a volume evenly whatever their number: each axis steps by a power of one irrational number."""
+    golden = 1.2207440846057596  # the root of x^4 = x + 1: for three axes what the golden ratio is for one
+    for count in range(1, _PROBES + 1):
+        places = ((0.5 + count / golden ** (axis + 1)) % 1 for axis in range(3))
+        starts = [int(p * (max(n - edge, 0) + 1)) for p, n, edge in zip(places, shape, _PROBE, strict=True)]
+        yield tuple(slice(start, start + edge) for start, edge in zip(starts, _PROBE, strict=True))
 
 
 def _along(array: np.ndarray, axis: int, start: int, stop: int) -> np.ndarray:
@@ -235,3 +281,14 @@ def _along(array: np.ndarray, axis: int, start: int, stop: int) -> np.ndarray:
 
 def _is_integer(voxels) -> bool:
     return np.issubdtype(np.dtype(voxels.dtype), np.integer) or np.dtype(voxels.dtype) == bool
+
+
+@lru_cache(maxsize=8)
+def _normalized_levels(statistics: IntensityStatistics, dtype: np.dtype) -> np.ndarray:
+    return _normalize(np.arange(np.iinfo(dtype).max + 1), statistics)
+
+
+def _normalize(voxels, statistics: IntensityStatistics) -> np.ndarray:
+    scale = np.float32(statistics.sign / abs(statistics.bright - statistics.background))
+    values = (np.asarray(voxels, dtype=np.float32) - np.float32(statistics.background)) * scale
+    return np.clip(values, 0.0, 1.0) ** np.float32(DISPLAY_GAMMA)
