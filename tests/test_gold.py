@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from vit3d.gold import align_gold, estimate_shift, lies_on_image, likely_cause, untraced_structure
+from vit3d.gold import align_gold, check_bounds, estimate_shift, lies_on_image, likely_cause, untraced_structure
 from vit3d.simulate import simulate_neuron
 from vit3d.targets import paint
 from vit3d.tree import NeuronTree, read_swc
@@ -77,6 +77,20 @@ def test_a_flip_is_told_from_a_gold_that_lies_on_its_image(neuron):
     flipped = tree.flipped(1, SHAPE[1] - 1)
     assert not lies_on_image(flipped, volume)
     assert "y is flipped (y -> 95 - y)" in likely_cause(flipped, volume)
+
+
+def test_an_swc_outside_its_stack_is_named_with_its_farthest_node(neuron):
+    _, tree = neuron
+    check_bounds(tree, SHAPE, "cell")
+    edge = NeuronTree([[-3, 0, 0], [SHAPE[0] + 2, 95, 111]], [1, 1], [-1, 0], unit="voxel")
+    check_bounds(edge, SHAPE, "cell")  # no further than an alignment may move it
+    beyond = NeuronTree([[0, -3.5, 0], [0, 50, 111 + 20]], [1, 1], [-1, 0], unit="voxel", spacing_um=(1, 0.5, 0.5))
+    sentence = (
+        r"^cell: 2 of 2 SWC nodes lie outside the stack of 32 x 96 x 112 voxels \(z, y, x\), the farthest at x = 131\.0"
+    )
+    for one in (beyond, beyond.to("um")):
+        with pytest.raises(ValueError, match=sentence):
+            check_bounds(one, SHAPE, "cell")
 
 
 def test_other_causes_are_named(neuron):

@@ -1,12 +1,22 @@
 """Crops are reproducible, bounded in cost, and never teach what was not computed."""
 
+import os
+import pickle
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_array_equal
 
 from vit3d import ViT3DConfig, ViT3DImageProcessor
-from vit3d.patches import MAX_TOKENS, CropDataset, TrainingVolume, choose_tokens, vary_intensity, vary_orientation
+from vit3d.annotation import read_labels, read_stack
+from vit3d.augmentation import Augmentation
+from vit3d.pairs import find_pairs
+from vit3d.patches import MAX_TOKENS, CropDataset, TrainingVolume, choose_tokens, prepared
 from vit3d.targets import IGNORED
 
 CONFIG = ViT3DConfig(volume_size=(8, 32, 32), patch_size=(4, 8, 8))
@@ -29,9 +39,14 @@ def training_volume(config=CONFIG, shape=(20, 60, 70), noise: float = 0.0) -> Tr
     return TrainingVolume.prepare("fibre", np.clip(voxels, 0, 255).astype(np.uint8), labels, processor)
 
 
-def crops(config=CONFIG, volumes=None, length: int = 12, seed: int = 0) -> CropDataset:
+NOTHING = Augmentation.none()
+NO_RESAMPLING = Augmentation(rotate=0, stretch=0)
+
+
+def crops(config=CONFIG, volumes=None, length: int = 12, seed: int = 0, **varied) -> CropDataset:
     volumes = volumes or [training_volume(config)]
-    return CropDataset(volumes, [1.0] * len(volumes), ViT3DImageProcessor.from_config(config), length, seed, config)
+    processor = ViT3DImageProcessor.from_config(config)
+    return CropDataset(volumes, [1.0] * len(volumes), processor, length, seed, config, **varied)
 
 
 def equal(a: dict, b: dict) -> bool:
@@ -69,7 +84,7 @@ def test_a_crop_has_the_networks_window(config):
 
 def test_a_patch_left_out_has_no_label():
     left_out = 0
-    for item in (crops()[i] for i in range(12)):
+    for item in (crops(augmentation=NO_RESAMPLING)[i] for i in range(12)):
         outside = ~dense_mask(item, CONFIG)
         left_out += outside.sum()
         assert (item["labels"][outside] == IGNORED).all()
@@ -77,10 +92,9 @@ def test_a_patch_left_out_has_no_label():
     assert left_out > 0
 
 
-def test_a_centre_slice_crop_has_the_label_of_its_centre_slice(monkeypatch):
-    monkeypatch.setattr("vit3d.patches.vary_intensity", lambda voxels, statistics, rng: (voxels, statistics))
+def test_a_centre_slice_crop_has_the_label_of_its_centre_slice():
     volume = training_volume(SLICES)
-    for item in (crops(SLICES, [volume])[i] for i in range(12)):
+    for item in (crops(SLICES, [volume], augmentation=Augmentation.none(flip=0.5))[i] for i in range(12)):
         known = item["labels"][0] != IGNORED
         assert torch.equal(known, dense_mask(item, SLICES)[4])
         bright = item["pixel_values"][0, 4] > 0
@@ -88,39 +102,26 @@ def test_a_centre_slice_crop_has_the_label_of_its_centre_slice(monkeypatch):
 
 
 def test_image_and_labels_stay_on_each_other():
-    seen = 0
-    for item in (crops(length=20)[i] for i in range(20)):
-        values, neurite = item["pixel_values"][0], item["labels"] == 1
-        seen += int(neurite.any())
-        if neurite.any():
-            assert values[neurite].min() > values[item["labels"] == 0].max()
-    assert seen > 12
+    """Resampled too, but for the half voxel that the fibre's edge is blurred by then."""
+    for augmentation, share in ((Augmentation.none(flip=0.5, transpose=0.5), 0), (Augmentation(), 0.1)):
+        seen, wrong = 0, []
+        for item in (crops(length=20, augmentation=augmentation)[i] for i in range(20)):
+            values, neurite = item["pixel_values"][0], item["labels"] == 1
+            seen += int(neurite.any())
+            if neurite.any():
+                level = (values[neurite].median() + values[item["labels"] == 0].median()) / 2
+                wrong.append(float((values[neurite] < level).float().mean()))
+                assert (values[item["labels"] == 0] > level).float().mean() < 0.1
+        assert seen > 12
+        assert np.mean(wrong) <= share
 
 
 def test_the_token_mask_stays_on_the_image(monkeypatch):
     monkeypatch.setattr("vit3d.patches.choose_tokens", lambda selected, rng: selected)
-    monkeypatch.setattr("vit3d.patches.vary_intensity", lambda voxels, statistics, rng: (voxels, statistics))
-    for item in (crops()[i] for i in range(12)):
+    for item in (crops(augmentation=Augmentation.none(flip=0.5, transpose=0.5))[i] for i in range(12)):
         bright = item["pixel_values"][0] > 0
         assert dense_mask(item, CONFIG)[bright].all()
         assert not item["token_mask"].all()
-
-
-def test_an_orientation_is_the_same_for_all_arrays():
-    marker = np.zeros((4, 6, 6))
-    marker[0, 1, 4] = 1
-    places = set()
-    for seed in range(60):
-        one, other = vary_orientation((marker, marker * 2), np.random.default_rng(seed))
-        assert_array_equal(other, one * 2)
-        assert one.sum() == 1
-        places.add(tuple(np.argwhere(one)[0].tolist()))
-    assert len(places) == 2 * 8 / 2  # two flips in z; in the plane (1, 4) lies on a diagonal: four places
-
-
-def test_a_window_that_is_not_square_is_not_transposed():
-    shapes = {vary_orientation((np.zeros((4, 6, 8)),), np.random.default_rng(seed))[0].shape for seed in range(20)}
-    assert shapes == {(4, 6, 8)}
 
 
 def test_no_crop_costs_more_than_the_bound():
@@ -141,7 +142,7 @@ def test_tokens_are_mostly_the_processors_choice():
 
 def test_a_stack_smaller_than_the_window_is_padded_and_its_padding_teaches_nothing():
     volume = training_volume(CONFIG, shape=(5, 20, 70))
-    for item in (crops(CONFIG, [volume])[i] for i in range(6)):
+    for item in (crops(CONFIG, [volume], augmentation=NO_RESAMPLING)[i] for i in range(6)):
         known = item["labels"] != IGNORED
         assert known.sum() <= 5 * 20 * 32
         assert known.any(dim=(1, 2)).sum() <= 5
@@ -152,23 +153,11 @@ def test_ignored_labels_stay_ignored():
     volume = training_volume()
     volume.labels[:, :, :35] = IGNORED
     ignored = 0
-    for item in (crops(CONFIG, [volume])[i] for i in range(8)):
+    for item in (crops(CONFIG, [volume], augmentation=NOTHING)[i] for i in range(8)):
         values, labels = item["pixel_values"][0], item["labels"]
         assert (values[labels == 0] < values.max()).all()
         ignored += int((labels[dense_mask(item, CONFIG)] == IGNORED).sum())
     assert ignored > 0
-
-
-def test_another_exposure_keeps_dark_apart_from_bright():
-    volume = training_volume()
-    processor = ViT3DImageProcessor.from_config(CONFIG)
-    neurite = volume.labels == 1
-    levels = set()
-    for seed in range(40):
-        values = processor.pixel_values(*vary_intensity(volume.voxels, volume.statistics, np.random.default_rng(seed)))
-        assert np.percentile(values[neurite], 5) > np.percentile(values[~neurite], 95)
-        levels.add(round(float(np.median(values[neurite])), 3))
-    assert len(levels) > 3
 
 
 def test_volumes_are_drawn_by_their_weight():
@@ -184,3 +173,116 @@ def test_a_gold_that_paints_nothing_is_refused():
     processor = ViT3DImageProcessor.from_config(CONFIG)
     with pytest.raises(ValueError, match="cell_3: the gold paints no voxel of its stack"):
         TrainingVolume.prepare("cell_3", np.zeros((8, 32, 32), np.uint8), np.zeros((8, 32, 32), np.int8), processor)
+
+
+def test_a_rotated_crop_lies_around_the_voxel_that_it_was_cut_for():
+    """No further from its centre than the jitter of a quarter window moves it, in the plane and in depth."""
+    volume = training_volume(shape=(20, 90, 90))
+    volume.labels[:] = 0
+    volume.labels[9:12, 44:47, 44:47] = 1
+    single = replace(volume, neurite=np.array([np.ravel_multi_index((10, 45, 45), volume.labels.shape)]))
+    turned = crops(
+        CONFIG, [replace(single, candidates=single.neurite)], length=40, augmentation=Augmentation.none(rotate=1)
+    )
+    for item in (turned[i]["labels"] == 1 for i in range(40)):
+        if item.any():  # not where its patch was left out
+            z, y, x = np.argwhere(item.numpy()).mean(0) - (3.5, 15.5, 15.5)
+            assert abs(z) < 2 + 1
+            assert np.hypot(y, x) < 8 * 2**0.5 + 1
+    assert sum(bool((turned[i]["labels"] == 1).any()) for i in range(40)) > 30
+
+
+# --- what a worker holds ---
+
+
+def private_bytes() -> int:
+    """Memory of this process that belongs to no file."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status).group(1))
+
+
+def test_a_stored_volume_gives_the_same_crops_and_holds_no_memory(tmp_path):
+    volume = training_volume(shape=(40, 400, 400))
+    stored = volume.stored(tmp_path / "a")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+    one, other = crops(volumes=[volume]), crops(volumes=[stored])
+    assert all(equal(one[i], other[i]) for i in range(4))
+    packed = pickle.dumps(stored)
+    assert len(packed) < 1000
+    assert_array_equal(pickle.loads(packed).labels, volume.labels)
+    assert len(pickle.dumps(volume)) > volume.voxels.nbytes
+    before = private_bytes()
+    again = crops(volumes=[TrainingVolume.open(tmp_path / "a")], length=100)
+    for i in range(20):
+        again[i]
+    assert private_bytes() - before < volume.voxels.nbytes / 2
+
+
+def test_workers_give_the_crops_of_one_process(tmp_path):
+    dataset = crops(volumes=[training_volume().stored(tmp_path / "a")], length=6)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2)
+    assert all(equal(item, dataset[i]) for i, item in enumerate(loader))
+
+
+def test_a_volume_is_prepared_once_for_its_key(tmp_path):
+    made = []
+
+    def make():
+        made.append(1)
+        return training_volume()
+
+    first = prepared(tmp_path, "neuron, its files, its labelling", make)
+    again = prepared(tmp_path, "neuron, its files, its labelling", make)
+    prepared(tmp_path, "another labelling", make)
+    assert len(made) == 2
+    assert_array_equal(first.voxels, again.voxels)
+    assert again.statistics == first.statistics
+
+
+def test_a_volume_that_could_not_be_stored_leaves_nothing(tmp_path):
+    volume = training_volume()
+    fields = (volume.name, volume.voxels, volume.labels, volume.mask, volume.statistics, volume.neurite)
+    with pytest.raises(ValueError, match="Object arrays cannot be saved"):
+        TrainingVolume(*fields, candidates=np.array([{}])).stored(tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / f".a.{os.getpid()}.partial").mkdir()  # what a killed process of this number left
+    assert_array_equal(volume.stored(tmp_path / "a").labels, volume.labels)
+    assert_array_equal(volume.stored(tmp_path / "a").labels, volume.labels)  # another process was first
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_no_candidates_are_stored_too(tmp_path):
+    volume = training_volume()
+    assert len(replace(volume, candidates=np.zeros(0, np.int64)).stored(tmp_path / "n").candidates) == 0
+
+
+# --- partial annotation ---
+
+
+def test_trailmaps_labelled_slices_can_be_trained_on(shared):
+    row = find_pairs(shared / "data/trailmap")[0]
+    stack = read_stack(row)
+    labels = read_labels(row, stack.shape)
+    config = ViT3DConfig(volume_size=(8, 64, 64), patch_size=(4, 8, 8))
+    volume = TrainingVolume.prepare("axons", stack.voxels, labels, ViT3DImageProcessor.from_config(config))
+    annotated = np.flatnonzero((labels != IGNORED).any(axis=(1, 2)))
+    assert_array_equal(annotated, [17, 48, 77])
+    assert set(np.unique(np.unravel_index(volume.candidates, labels.shape)[0])) <= set(annotated)
+    found = [crops(config, [volume], length=8, augmentation=NO_RESAMPLING)[i]["labels"] for i in range(8)]
+    for item in found:
+        assert set(item.unique().tolist()) <= {IGNORED, 0, 1}
+        assert 1 <= (item != IGNORED).any(dim=(1, 2)).sum() <= 1
+    assert sum(int((item == 1).sum()) for item in found) > 100
+
+
+def test_a_crop_takes_well_under_a_tenth_of_a_second():
+    config = ViT3DConfig()
+    volume = training_volume(config, (40, 256, 256), noise=10)
+    everything = Augmentation(**dict.fromkeys(("rotate", "stretch", "gamma", "noise", "blur", "polarity"), 1.0))
+    dataset = crops(config, [volume], length=100, augmentation=everything)
+    seconds = []
+    for i in range(12):
+        start = time.process_time()
+        dataset[i]
+        seconds.append(time.process_time() - start)
+    assert np.median(seconds) < 0.1

@@ -5,7 +5,7 @@ import pytest
 from numpy.testing import assert_array_equal
 from scipy import ndimage
 
-from vit3d.targets import paint, training_labels
+from vit3d.targets import labels_from_codes, labels_from_mask, paint, training_labels
 from vit3d.tree import NeuronTree
 
 
@@ -87,3 +87,14 @@ def test_untraced_structure_is_ignored_but_never_over_the_neurite():
     assert labels[25, 2, 2] == 0
     with pytest.raises(ValueError, match=r"\(3, 3, 3\)"):
         training_labels(tube((16, 16, 5), (16, 16, 30)), (32, 32, 40), untraced=np.zeros((3, 3, 3), bool))
+
+
+def test_codes_of_a_partial_annotation_become_labels():
+    codes = np.array([[[0, 1, 2], [3, 4, 2]]], np.uint16)
+    labels = labels_from_codes(codes)
+    assert labels.dtype == np.int8
+    assert_array_equal(labels, [[[-100, 0, 1], [0, -100, 1]]])
+    assert_array_equal(labels_from_codes(codes, {0: 0, 1: 0, 2: 1, 3: 1, 4: -100}), [[[0, 0, 1], [1, -100, 1]]])
+    with pytest.raises(ValueError, match=r"the label volume holds the codes \[2, 3, 4\]; known are \[0, 1\]"):
+        labels_from_codes(codes, {0: 0, 1: 1})
+    assert_array_equal(labels_from_mask(codes * 100), codes != 0)

@@ -55,6 +55,23 @@ def estimate_shift(
     return _brightest_shift(image, points - corner, radius_vox, step_vox)
 
 
+def check_bounds(tree: NeuronTree, shape: tuple[int, int, int], name: str, *, margin_vox: float = 3.0) -> None:
+    """ValueError, one sentence: nodes lie more than `margin_vox` voxels outside a stack of `shape` (Z, Y, X).
+
+    The margin is what `align_gold` may move a gold by.
+    """
+    points = in_voxels(tree).points
+    beyond = np.maximum(-points, points - (np.array(shape) - 1))
+    outside = (beyond > margin_vox).any(axis=1)
+    if outside.any():
+        node, axis = np.unravel_index(beyond.argmax(), beyond.shape)
+        raise ValueError(
+            f"{name}: {int(outside.sum())} of {len(tree)} SWC nodes lie outside the stack of "
+            f"{' x '.join(map(str, shape))} voxels (z, y, x), the farthest at {_AXES[axis]} = "
+            f"{points[node, axis]:.1f}; is the SWC in um, or of another stack?"
+        )
+
+
 def lies_on_image(tree: NeuronTree, volume: Volume, *, polarity: str = "bright") -> bool:
     """Whether the trace, shifted to its best place, is among the brightest of the image.
 

@@ -1,10 +1,17 @@
 """Crops for training: where to cut, how to vary, which tokens to keep."""
 
-from dataclasses import dataclass, replace
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from .augmentation import DEFAULT, Augmentation, resample, vary_geometry, vary_intensity, vary_orientation
 from .model.image_processing_vit3d import ViT3DImageProcessor
 from .model.intensity_vit3d import IntensityStatistics
 from .targets import IGNORED
@@ -24,19 +31,71 @@ class TrainingVolume:
     mask: np.ndarray
     statistics: IntensityStatistics
     neurite: np.ndarray  # (N,) flat indices of neurite voxels
-    candidates: np.ndarray  # (M,) flat indices of a sample of `mask`
+    candidates: np.ndarray  # (M,) flat indices of a sample of `mask` where a label is known
+    folder: Path | None = None  # where its arrays are memory-mapped from
 
     @classmethod
     def prepare(cls, name: str, voxels: np.ndarray, labels: np.ndarray, processor: ViT3DImageProcessor):
-        """Measure the volume once and remember where crops may be centred."""
+        """Measure the volume once and remember where crops may be centred: where a label is known."""
         statistics = processor.measure(voxels)
         mask = processor.foreground(voxels, statistics)
         neurite = np.flatnonzero(labels == 1).astype(np.int64)
         if not len(neurite):
             raise ValueError(f"{name}: the gold paints no voxel of its stack {voxels.shape}; is it in voxels?")
-        candidates = np.flatnonzero(mask)
+        candidates = np.flatnonzero(mask & (labels != IGNORED))
         step = max(1, len(candidates) // 200_000)
         return cls(name, voxels, labels, mask, statistics, neurite, candidates[::step])
+
+    def stored(self, folder: str | Path) -> "TrainingVolume":
+        """The same volume as memory maps of files in `folder`, made for it; it appears there only when whole.
+
+        Processes that open one folder share its pages, and the system drops them when memory runs short.
+        """
+        folder = Path(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            for array in _ARRAYS:
+                np.save(partial / f"{array}.npy", getattr(self, array), allow_pickle=False)
+            facts = {"name": self.name, "statistics": self.statistics.to_dict()}
+            (partial / "facts.json").write_text(json.dumps(facts))
+            if not folder.is_dir():
+                partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first, with the same
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return self.open(folder)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "TrainingVolume":
+        """What `stored` left in `folder`."""
+        folder = Path(folder)
+        facts = json.loads((folder / "facts.json").read_text())
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
+        return cls(facts["name"], statistics=IntensityStatistics(**facts["statistics"]), folder=folder, **arrays)
+
+    def __reduce__(self):
+        """A worker that is started anew gets the folder's name, not its voxels."""
+        if self.folder is not None:
+            return TrainingVolume.open, (self.folder,)
+        return TrainingVolume, tuple(getattr(self, field.name) for field in fields(self))
+
+
+_ARRAYS = ("voxels", "labels", "mask", "neurite", "candidates")
+
+
+def prepared(folder: str | Path, key: str, make: Callable[[], TrainingVolume]) -> TrainingVolume:
+    """The volume that `make()` gives, memory-mapped from `folder`; made only if none lies there under `key`.
+
+    `key` says all that the volume depends on: files with their sizes and times, labelling. Thus at most one
+    volume at a time is in memory, and the processes of a machine share what lies in one folder.
+    """
+    place = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:20]
+    return TrainingVolume.open(place) if place.is_dir() else make().stored(place)
 
 
 class CropDataset(torch.utils.data.Dataset):
@@ -46,30 +105,36 @@ class CropDataset(torch.utils.data.Dataset):
     `token_mask` (grid) bool.
     """
 
-    def __init__(self, volumes, weights, processor: ViT3DImageProcessor, length: int, seed: int, config):
-        self.volumes, self.processor, self.length, self.seed, self.config = (
-            volumes,
-            processor,
-            length,
-            seed,
-            config,
-        )
+    def __init__(self, volumes, weights, processor, length: int, seed: int, config, *, augmentation=DEFAULT):
+        self.volumes: list[TrainingVolume] = volumes
+        self.processor: ViT3DImageProcessor = processor
+        self.length, self.seed, self.config = length, seed, config
+        self.augmentation: Augmentation = augmentation
         self.shares = np.asarray(weights, dtype=float) / np.sum(weights)
 
     def __len__(self) -> int:
         return self.length
 
+    def name_of(self, index: int) -> str:
+        """The volume that crop `index` is cut from."""
+        rng = np.random.default_rng([self.seed, index])
+        return self.volumes[rng.choice(len(self.volumes), p=self.shares)].name
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng([self.seed, index])
         volume = self.volumes[rng.choice(len(self.volumes), p=self.shares)]
-        start = self._choose_start(volume, rng)
-        window = self.config.volume_size
+        window = tuple(self.config.volume_size)
+        matrix, read = vary_geometry(window, rng, self.augmentation)
+        start = self._choose_start(volume, rng) - (np.array(read) - window) // 2
         voxels, labels, mask = (
-            _cut(array, start, window, fill)
+            _cut(array, start, read, fill)
             for array, fill in ((volume.voxels, None), (volume.labels, IGNORED), (volume.mask, False))
         )
-        pixel_values = self.processor.pixel_values(*vary_intensity(voxels, volume.statistics, rng))
-        pixel_values, labels, mask = vary_orientation((pixel_values, labels, mask), rng)
+        if matrix is not None:
+            voxels = resample(voxels, matrix, window, smooth=True)
+            labels, mask = (resample(array, matrix, window, smooth=False) for array in (labels, mask))
+        pixel_values = self.processor.pixel_values(*vary_intensity(voxels, volume.statistics, rng, self.augmentation))
+        pixel_values, labels, mask = vary_orientation((pixel_values, labels, mask), rng, self.augmentation)
         keep = choose_tokens(self.processor.token_mask(mask), rng)
         labels = labels.astype(np.int64)
         left_out = np.kron(~keep, np.ones(self.config.patch_size, dtype=bool))
@@ -82,38 +147,14 @@ class CropDataset(torch.utils.data.Dataset):
             "token_mask": torch.from_numpy(keep),
         }
 
-    def _choose_start(self, volume: TrainingVolume, rng: np.random.Generator) -> tuple[int, ...]:
+    def _choose_start(self, volume: TrainingVolume, rng: np.random.Generator) -> np.ndarray:
         wanted = volume.neurite if rng.random() < NEURITE_SHARE or not len(volume.candidates) else volume.candidates
         centre = np.unravel_index(wanted[rng.integers(len(wanted))], volume.voxels.shape)
         window = np.array(self.config.volume_size)
         jitter = rng.uniform(-_JITTER, _JITTER, 3) * window
         start = np.round(np.array(centre) + jitter - window / 2).astype(int)
         last = np.array(volume.voxels.shape) - window
-        return tuple(int(np.clip(s, min(0, m), max(0, m))) for s, m in zip(start, last, strict=True))
-
-
-def vary_intensity(
-    voxels: np.ndarray, statistics: IntensityStatistics, rng: np.random.Generator
-) -> tuple[np.ndarray, IntensityStatistics]:
-    """Another exposure of the same crop: brighter or dimmer, a raised or lowered black level, more noise."""
-    contrast = statistics.bright - statistics.background
-    voxels = voxels.astype(np.float32)
-    if rng.random() < 0.5:
-        voxels = voxels + rng.normal(0, abs(contrast) * rng.uniform(0, 0.06), voxels.shape).astype(np.float32)
-    background = statistics.background + contrast * rng.uniform(-0.03, 0.03)
-    return voxels, replace(
-        statistics, background=background, bright=background + contrast * np.exp(rng.uniform(-0.7, 0.7))
-    )
-
-
-def vary_orientation(arrays: tuple[np.ndarray, ...], rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """Flips along each axis and the in-plane transposition, the same for all arrays (Z, Y, X)."""
-    for axis in range(3):
-        if rng.random() < 0.5:
-            arrays = tuple(np.flip(array, axis) for array in arrays)
-    if arrays[0].shape[1] == arrays[0].shape[2] and rng.random() < 0.5:
-        arrays = tuple(array.transpose(0, 2, 1) for array in arrays)
-    return arrays
+        return np.clip(start, np.minimum(0, last), np.maximum(0, last))
 
 
 def choose_tokens(selected: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -132,7 +173,7 @@ def choose_tokens(selected: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def _cut(array: np.ndarray, start, window, fill) -> np.ndarray:
     """A window of `array`; outside it the border is repeated, or `fill` where that is not None."""
     box = tuple(slice(max(s, 0), s + n) for s, n in zip(start, window, strict=True))
-    part = array[box]
+    part = np.asarray(array[box])
     pads = [(max(-s, 0), n - max(-s, 0) - p) for s, n, p in zip(start, window, part.shape, strict=True)]
     if not any(map(any, pads)):
         return part

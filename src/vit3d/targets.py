@@ -8,6 +8,7 @@ from scipy import ndimage
 from .tree import NeuronTree
 
 IGNORED = -100
+TRAILMAP_CODES = {0: IGNORED, 1: 0, 2: 1, 3: 0, 4: IGNORED}  # unlabelled, background, axon, artefact, edge
 _PAIRS_PER_CHUNK = 2_000_000  # (point, voxel) pairs held at once: about 100 MB
 
 
@@ -63,6 +64,25 @@ def training_labels(
     labels[ndimage.binary_dilation(whole, _ball(ignore_vox))] = IGNORED
     labels[neurite] = 1
     return labels
+
+
+def labels_from_codes(codes: np.ndarray, meaning: dict[int, int] | None = None) -> np.ndarray:
+    """(Z, Y, X) int8 as `training_labels`, from a partly annotated volume: code -> label, TRAILMAP's by default.
+
+    ValueError: a code without a meaning.
+    """
+    meaning = TRAILMAP_CODES if meaning is None else meaning
+    found = np.unique(codes)
+    unknown = [code.item() for code in found if code.item() not in meaning]
+    if unknown:
+        raise ValueError(f"the label volume holds the codes {unknown[:5]}; known are {sorted(meaning)}.")
+    labels = np.array([meaning[code.item()] for code in found], np.int8)
+    return labels[np.searchsorted(found, codes)]
+
+
+def labels_from_mask(mask: np.ndarray) -> np.ndarray:
+    """(Z, Y, X) int8: 1 where a mask that is annotated everywhere is not 0."""
+    return (np.asarray(mask) != 0).astype(np.int8)
 
 
 def in_voxels(tree: NeuronTree) -> NeuronTree:

@@ -1,0 +1,134 @@
+"""How a crop is varied in training: where its voxels lie, and how bright they are. Arrays are (Z, Y, X)."""
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+from scipy import ndimage
+
+from .model.intensity_vit3d import IntensityStatistics
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """With which probability a crop is varied in which way; 0 leaves a variation out.
+
+    flip: along an axis, each for itself. transpose: in the plane, where the window is square. rotate: in the
+    plane, by any angle. stretch: in depth, as if slices lay closer together or further apart. expose: brightness
+    and black level. gamma: dim neurites against bright ones. noise, blur. drop_slices: one or two slices are
+    blank or repeat their neighbour. polarity: the crop as it would look in the other kind of microscope, dark
+    neurites on a bright ground for fluorescence.
+    """
+
+    flip: float = 0.5
+    transpose: float = 0.5
+    rotate: float = 0.3
+    stretch: float = 0.2
+    expose: float = 0.9
+    gamma: float = 0.3
+    noise: float = 0.5
+    blur: float = 0.15
+    drop_slices: float = 0.1
+    polarity: float = 0.1
+
+    def __post_init__(self):
+        for field in fields(self):
+            if not 0 <= getattr(self, field.name) <= 1:
+                raise ValueError(f"`{field.name}` is a probability, from 0 to 1; got {getattr(self, field.name)}.")
+
+    @classmethod
+    def none(cls, **probabilities: float) -> "Augmentation":
+        """No variation but those that are named."""
+        return replace(cls(**{field.name: 0.0 for field in fields(cls)}), **probabilities)
+
+
+DEFAULT = Augmentation()
+
+
+# --- where voxels lie ---
+
+
+def vary_geometry(window: tuple[int, int, int], rng: np.random.Generator, augmentation: Augmentation):
+    """((3, 3) matrix from crop to stack voxels, both counted from their centres; the window to read for it).
+
+    The matrix is None when nothing is to be resampled.
+    """
+    angle = rng.uniform(0, 2 * np.pi) if rng.random() < augmentation.rotate else 0.0
+    step = np.exp(rng.uniform(-0.5, 0.5)) if rng.random() < augmentation.stretch else 1.0
+    if angle == 0.0 and step == 1.0:
+        return None, window
+    matrix = np.array([[step, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
+    reach = np.ceil(np.abs(matrix) @ (np.array(window) - 1) - 1e-9).astype(int) + 1
+    return matrix, tuple(reach.tolist())
+
+
+def resample(array: np.ndarray, matrix: np.ndarray, window: tuple[int, int, int], *, smooth: bool) -> np.ndarray:
+    """(Z, Y, X) of `window` voxels out of what `vary_geometry` said to read; linear if `smooth`, else nearest."""
+    offset = (np.array(array.shape) - 1) / 2 - matrix @ ((np.array(window) - 1) / 2)
+    kind = array.dtype if not smooth else np.float32
+    source = array.astype(np.uint8) if array.dtype == bool else array
+    out = ndimage.affine_transform(source, matrix, offset, window, order=int(smooth), mode="nearest", output=None)
+    return out.astype(kind, copy=False)
+
+
+def vary_orientation(
+    arrays: tuple[np.ndarray, ...], rng: np.random.Generator, augmentation: Augmentation = DEFAULT
+) -> tuple[np.ndarray, ...]:
+    """Flips along each axis and the in-plane transposition, the same for all arrays."""
+    for axis in range(3):
+        if rng.random() < augmentation.flip:
+            arrays = tuple(np.flip(array, axis) for array in arrays)
+    if arrays[0].shape[1] == arrays[0].shape[2] and rng.random() < augmentation.transpose:
+        arrays = tuple(array.transpose(0, 2, 1) for array in arrays)
+    return arrays
+
+
+# --- how bright they are ---
+
+
+def vary_intensity(
+    voxels: np.ndarray,
+    statistics: IntensityStatistics,
+    rng: np.random.Generator,
+    augmentation: Augmentation = DEFAULT,
+) -> tuple[np.ndarray, IntensityStatistics]:
+    """The same crop from another microscope, and the statistics that its volume would then have.
+
+    Works on light: 0 in the background, 1 on a bright neurite, whatever the polarity of the stack.
+    """
+    light = (voxels.astype(np.float32) - np.float32(statistics.background)) * np.float32(statistics.sign)
+    light /= np.float32(statistics.contrast)
+    if rng.random() < augmentation.blur:
+        width = rng.uniform(0.4, 1.2)
+        light = ndimage.gaussian_filter(light, (rng.uniform(0, 0.5), width, width), truncate=3)
+    if rng.random() < augmentation.gamma:
+        light = np.sign(light) * np.abs(light) ** np.float32(np.exp(rng.uniform(-0.35, 0.35)))
+    if rng.random() < augmentation.drop_slices:
+        light = _without_slices(light, rng)
+    dark = (statistics.polarity == "dark") ^ (rng.random() < augmentation.polarity)
+    other = dark != (statistics.polarity == "dark")
+    density = rng.uniform(0.5, 1.5)
+    if dark and other:  # a stained neurite swallows light (Beer and Lambert): the ground is 1, it tends to 0
+        light = 1 - np.exp(-density * np.clip(light, -1, None))
+        full = 1 - np.exp(-density)
+    else:
+        full = 1.0
+    if rng.random() < augmentation.noise:
+        light = light + np.float32(rng.uniform(0, 0.06)) * rng.standard_normal(light.shape, np.float32)
+    ground, exposure = 0.0, 1.0
+    if rng.random() < augmentation.expose:
+        ground, exposure = rng.uniform(-0.03, 0.03), np.exp(rng.uniform(-0.7, 0.7))
+    sign = -1.0 if dark else 1.0
+    return sign * light, replace(
+        statistics,
+        background=sign * ground,
+        bright=sign * (ground + full * exposure),
+        noise=statistics.noise / statistics.contrast,
+        polarity="dark" if dark else "bright",
+    )
+
+
+def _without_slices(light: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    light = light.copy()
+    for z in rng.choice(len(light), min(len(light), int(rng.integers(1, 3))), replace=False):
+        light[z] = 0 if rng.random() < 0.5 or z == 0 else light[z - 1]
+    return light
