@@ -1,134 +1,284 @@
-"""VERB train: the Accelerate loop. `accelerate launch -m vit3d.training --data DIR --init SOURCE --out RUN`."""
+"""VERB train: the Accelerate loop. `accelerate launch -m vit3d.training --data DIR --init SOURCE --out RUN`.
 
-import json
+Crop i is a function of the seed and i alone, so a run that is resumed cuts the crops that it would have cut.
+Several processes: `accelerate launch --multi_gpu --num_processes N -m vit3d.training ...`; on CPUs the same behind
+`ACCELERATE_USE_CPU=true` (`--cpu` would start one process). Networks too large for one GPU: `scripts/fsdp2.yaml`.
+"""
+
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
+from accelerate.utils import DistributedType, set_seed
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
-from transformers import AutoConfig, get_cosine_schedule_with_warmup
+from transformers import AutoConfig
 
 from .bigneuron import find_pairs
 from .checkpoint import load_checkpoint, place_of
-from .gold import align_gold, untraced_structure
+from .cldice import soft_cldice_loss
+from .launching import start_accelerator
 from .model.auto_vit3d import register
+from .model.configuration_vit3d import ViT3DConfig
 from .model.image_processing_vit3d import ViT3DImageProcessor
 from .model.modeling_vit3d import ViT3DForNeuronSegmentation
-from .patches import CropDataset, TrainingVolume
-from .simulate import random_neuron
-from .targets import training_labels
-from .tree import NeuronTree, read_swc
-from .volume import Volume, read_volume
+from .optimization import freeze, optimizer_and_schedule, parameter_groups
+from .patches import CropDataset
+from .run_folder import Log, RunFolder, copy_checkpoint, save
+from .training_config import TrainingConfig
+from .training_data import neuron_facts, read_gold, refuse_unknown_names, training_volumes
+
+__all__ = ["TrainingConfig", "TrainingRun", "initial_model", "parameter_groups", "read_gold", "save", "train"]
 
 
-@dataclass(frozen=True)
-class TrainingConfig:
-    """Everything a run depends on; written to `OUT/training.json`.
+_DRAWING_S = 10.0  # seconds between two pictures of the curve: one takes as long as some steps
 
-    data: folder of stacks and golds (`NAME.tif` + `NAME.swc`, in voxels where it says no unit); may be "".
-    init: a 2D ViT (Hub id or folder) to inflate with `strategy`, or a vit3d checkpoint to go on from.
-    prediction: "volume", or "center_slice": the paper's mode, five slices in and their centre out.
-    validate: names of neurons kept out of training; the checkpoint with the best mean F1 on them is kept.
-    simulated: how many simulated neurons are mixed in, and `simulated_share` of the crops they get.
+
+def train(config: TrainingConfig, resume: bool = False) -> Path:
+    """Run the training that `config` describes; returns the folder of the checkpoint to use.
+
+    That is `OUT/best` where neurons validate, else `OUT/last`. See `run_folder` for what else `OUT` holds. With
+    `resume` a run that was stopped goes on from its newest state, to the same losses as if it never had been
+    (same machine, same number of processes); a folder without a run is begun. ValueError, FileNotFoundError,
+    before it starts: the folder holds another run or one of another configuration, nothing to train on, no such
+    device, neuron, tracker or network. ValueError, while it runs: the loss is not finite.
     """
-
-    data: str
-    init: str
-    out: str
-    strategy: str = "center"
-    prediction: str = "volume"
-    validate: tuple[str, ...] = ()
-    spacing_um: tuple[float, float, float] | None = None
-    simulated: int = 32
-    simulated_share: float = 0.4
-    max_steps: int = 2000
-    batch_size: int = 8
-    encoder_rate: float = 1e-4
-    head_rate: float = 1e-3
-    weight_decay: float = 0.05
-    warmup_steps: int = 100
-    ema_decay: float = 0.995
-    validate_every: int = 500
-    num_workers: int = 1
-    mixed_precision: str = "no"
-    seed: int = 0
-
-    def __post_init__(self):
-        for name, least in (("max_steps", 1), ("batch_size", 1), ("validate_every", 1), ("simulated", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
-
-
-def train(config: TrainingConfig) -> Path:
-    """Run the training that `config` describes; returns the folder of the best checkpoint, `OUT/best`.
-
-    Writes `OUT/metrics.jsonl`, one line per logged step, `OUT/last` and `OUT/best`. The weights kept are the
-    exponential moving average. Raises ValueError before it starts when `OUT` holds another run.
-    """
-    out = Path(config.out)
-    if (out / "training.json").exists():
-        raise ValueError(f"{out} already holds a run; choose another --out or remove it.")
-    accelerator = _accelerator(config)
-    set_seed(config.seed)
+    accelerator = start_accelerator(config)
     register()
-    pairs = find_pairs(config.data) if config.data else []
-    _check_validation_names(config, pairs)
-    model = initial_model(config)
+    rows = find_pairs(config.data) if config.data else []
+    folder = RunFolder(config.out)
+    facts = {**asdict(config), "num_processes": accelerator.num_processes, "neurons": neuron_facts(rows)}
+    folder.refuse_unless_free(facts, resume)
+    refuse_unknown_names(config, rows)
+    if folder.step == config.max_steps:  # it is finished
+        return folder.best if config.validate else folder.last
+    set_seed(config.seed)
+    state = folder.newest_state
+    model = initial_model(config) if state is None else ViT3DForNeuronSegmentation(ViT3DConfig.from_pretrained(state))
+    freeze(model, config.frozen)
     processor = ViT3DImageProcessor.from_config(model.config)
-    volumes, weights = training_volumes(config, pairs, processor)
-    length = config.max_steps * config.batch_size * accelerator.num_processes
+    from .validation import Validator  # it is composed of the other verbs
+
+    with folder.left_as_it_was():
+        with accelerator.local_main_process_first():  # the others find the volumes made
+            volumes, weights = training_volumes(config, rows, processor, folder.volumes)
+        validator = Validator(config, rows, accelerator)
+    length = config.max_steps * config.accumulation * config.batch_size * accelerator.num_processes
     crops = CropDataset(volumes, weights, processor, length, config.seed, model.config)
-    loader = torch.utils.data.DataLoader(crops, batch_size=config.batch_size, num_workers=config.num_workers)
-    optimizer = torch.optim.AdamW(parameter_groups(model, config), weight_decay=config.weight_decay)
-    schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.max_steps)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    average = AveragedModel(accelerator.unwrap_model(model), multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-    validator = Validator(config, pairs if accelerator.is_main_process else [], processor)
-    keeper = Keeper(out, processor, validator, Log(out / "metrics.jsonl", accelerator))
-    _begin(out, config, accelerator)
-    model.train()
-    bar = tqdm(loader, desc="train", unit="step", disable=None if accelerator.is_main_process else True)
-    for step, batch in enumerate(bar, start=1):
-        loss = model(**batch).loss
-        if not torch.isfinite(loss):
-            raise ValueError(f"The loss is not finite at step {step}; the last good checkpoint is in {out}.")
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        average.update_parameters(accelerator.unwrap_model(model))
-        if step % 10 == 0:
-            keeper.log(step=step, loss=loss.item(), rate=schedule.get_last_lr()[-1])
-        if (step % config.validate_every == 0 or step == config.max_steps) and accelerator.is_main_process:
-            keeper.keep(average.module, step)
-    accelerator.end_training()
-    return keeper.best
-
-
-def _accelerator(config: TrainingConfig) -> Accelerator:
-    handlers = [
-        DistributedDataParallelKwargs(find_unused_parameters=True),  # the encoder's last norm feeds no head
-        InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # all wait while one process validates
-    ]
-    return Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=handlers)
-
-
-def _begin(out: Path, config: TrainingConfig, accelerator: Accelerator) -> None:
-    """`OUT/training.json`, from which on the folder holds a run: after all that can be refused."""
     accelerator.wait_for_everyone()  # every process has looked whether the folder is free
     if accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        facts = {**asdict(config), "num_processes": accelerator.num_processes}
-        (out / "training.json").write_text(json.dumps(facts, indent=2))
+        folder.begin(facts)
+    accelerator.wait_for_everyone()
+    return TrainingRun(config, accelerator, folder, model, crops, validator).go()
+
+
+class TrainingRun:
+    """Everything that moves while a network learns: its weights, their average, the optimiser, the rate."""
+
+    def __init__(self, config: TrainingConfig, accelerator: Accelerator, folder: RunFolder, model, crops, validator):
+        self.config, self.accelerator, self.folder = config, accelerator, folder
+        self.crops, self.validator, self.processor = crops, validator, crops.processor
+        self.score, self.step = -1.0, folder.step
+        if config.gradient_checkpointing:
+            _checkpoint_activations(model)
+        optimizer, self.schedule = optimizer_and_schedule(model, config)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.average = None
+        if accelerator.distributed_type != DistributedType.FSDP:
+            decay = get_ema_multi_avg_fn(config.ema_decay)
+            self.average = AveragedModel(accelerator.unwrap_model(self.model), multi_avg_fn=decay)
+        set_seed(config.seed, device_specific=True)
+        if folder.newest_state:
+            self._resume(folder.newest_state)
+        self.clock, self.drawn = Clock(), Pause(_DRAWING_S)
+        self.log = Log(folder, accelerator)
+        if config.log_with:
+            accelerator.init_trackers("vit3d", {key: str(value) for key, value in asdict(config).items()})
+
+    def go(self) -> Path:
+        """The loop; returns the folder of the checkpoint to use."""
+        self.model.train()
+        batches = self.clock.timed(self._batches())
+        shown = None if self.accelerator.is_main_process else True
+        steps = range(self.step + 1, self.config.max_steps + 1)
+        for step in (bar := tqdm(steps, "train", self.config.max_steps, initial=self.step, unit="step", disable=shown)):
+            self.step = step
+            learned = self._learn(batches)
+            last = step == self.config.max_steps
+            if last or step % self.config.log_every == 0:
+                self.log(step, **learned, data_wait=self.clock.share())
+                bar.set_postfix(loss=f"{learned['loss']:.3f}", refresh=False)
+            validates = self.validator.active and (last or step % self.config.validate_every == 0)
+            if last or validates or step % self.config.save_every == 0:
+                self._refuse_to_keep_what_diverged()
+                self._keep(validates)
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self.folder.volumes, ignore_errors=True)
+        self.accelerator.end_training()
+        return self.folder.best if self.validator.active else self.folder.last
+
+    def _batches(self) -> Iterator[dict]:
+        """The batches of this process from the current step on."""
+        per_step = self.config.accumulation * self.config.batch_size * self.accelerator.num_processes
+        loader = torch.utils.data.DataLoader(
+            self.crops,
+            batch_size=self.config.batch_size,
+            sampler=range(self.step * per_step, len(self.crops)),
+            num_workers=self.config.num_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+            generator=torch.Generator(),  # its own: starting workers must not draw from the network's random numbers
+        )
+        return iter(self.accelerator.prepare(loader))
+
+    def _learn(self, batches: Iterator[dict]) -> dict[str, float]:
+        """One step of the optimiser: `loss`, its mean over all processes, the `rate` at which new weights learned
+        from it, and `gradient`, the norm before clipping."""
+        losses = torch.stack([self._backward(next(batches)) for _ in range(self.config.accumulation)])
+        losses = self.accelerator.gather(losses)
+        self._refuse_what_is_not_finite("loss", losses)
+        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0))
+        if self.accelerator.scaler is None:  # fp16 leaves out such steps and goes on with a smaller scale
+            self._refuse_what_is_not_finite("gradient", torch.full_like(losses, norm))
+        rate = self.schedule.get_last_lr()[-1]
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update_parameters(self.accelerator.unwrap_model(self.model))
+        return {"loss": losses.mean().item(), "rate": rate, "gradient": norm}
+
+    def _backward(self, batch: dict) -> torch.Tensor:
+        self.batch = batch
+        with self.accelerator.accumulate(self.model):
+            output = self.model(**batch)
+            loss = output.loss
+            if self.config.cldice_weight:
+                loss = loss + self.config.cldice_weight * soft_cldice_loss(output.logits, batch["labels"])
+            self.accelerator.backward(loss)
+        return loss.detach()
+
+    def _refuse_what_is_not_finite(self, what: str, values: torch.Tensor) -> None:
+        """values: one per batch of this step, those of the first process first."""
+        if torch.isfinite(values).all():
+            return
+        names = set()
+        for place in torch.nonzero(~torch.isfinite(values)).flatten().tolist():
+            process, nth = divmod(place, self.config.accumulation)
+            batch = ((self.step - 1) * self.config.accumulation + nth) * self.accelerator.num_processes + process
+            first = batch * self.config.batch_size
+            names |= {self.crops.name_of(index) for index in range(first, first + self.config.batch_size)}
+        last = self.folder.last
+        kept = f"the last good checkpoint is {last}" if last.exists() else "nothing was kept yet"
+        raise ValueError(
+            f"The {what} is not finite at step {self.step}, on crops of {', '.join(sorted(names))}; {kept}. "
+            "A lower rate or a longer warm-up helps, where those stacks are sound."
+        )
+
+    def _refuse_to_keep_what_diverged(self) -> None:
+        """The loss was finite before this step; what is kept must also be so after it."""
+        model = self.accelerator.unwrap_model(self.model).eval()
+        with torch.no_grad():
+            loss = model(**self.batch).loss.detach()
+        model.train()
+        losses = torch.zeros(self.config.accumulation, device=loss.device)
+        losses[-1] = loss
+        self._refuse_what_is_not_finite("loss", self.accelerator.gather(losses))
+
+    # --- what is kept ---
+
+    def _keep(self, validates: bool) -> None:
+        """The last checkpoint, the best one where it validates, the curve, and then the state."""
+        model = self.accelerator.unwrap_model(self.model)
+        # the average is whole everywhere; sharded weights are gathered, and every process takes part
+        weights = self.accelerator.get_state_dict(self.model) if self.average is None else None
+        if self.accelerator.is_main_process:
+            save(model if self.average is None else self.average.module, self.processor, self.folder.last, weights)
+        self.accelerator.wait_for_everyone()
+        if validates:
+            self._validate()
+        if self.accelerator.is_main_process and (self.step == self.config.max_steps or self.drawn.passed()):
+            self._draw()
+        self.folder.save_state(self.accelerator, self.step, self._save_the_rest)
+        self.clock.restart()
+
+    def _validate(self) -> None:
+        scores = self.validator(self.folder.last)
+        self.log(self.step, **scores)
+        if scores["f1"] >= self.score:
+            self.score = scores["f1"]
+            if self.accelerator.is_main_process:
+                copy_checkpoint(self.folder.last, self.folder.best)
+
+    def _draw(self) -> None:
+        from .curve import plot_training
+
+        plot_training(self.folder.rows(), self.folder.curve)
+        self.drawn = Pause(_DRAWING_S)
+
+    def _save_the_rest(self, state: Path) -> None:
+        self.accelerator.unwrap_model(self.model).config.save_pretrained(state)
+        average = None if self.average is None else self.average.state_dict()
+        torch.save({"score": self.score, "schedule": self.schedule.state_dict(), "average": average}, state / "run.pt")
+
+    def _resume(self, state: Path) -> None:
+        self.accelerator.load_state(str(state))
+        rest = torch.load(state / "run.pt", map_location="cpu", weights_only=True)
+        self.score = rest["score"]
+        self.schedule.load_state_dict(rest["schedule"])
+        if self.average is not None:
+            self.average.load_state_dict(rest["average"])
+
+
+class Pause:
+    """Seconds that should pass before something is done again."""
+
+    def __init__(self, seconds: float):
+        self.end = time.monotonic() + seconds
+
+    def passed(self) -> bool:
+        return time.monotonic() >= self.end
+
+
+class Clock:
+    """How much of the time is spent waiting for data."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self) -> None:
+        self.start, self.waited = time.perf_counter(), 0.0
+
+    def timed(self, batches: Iterator) -> Iterator:
+        """`batches`, with the time counted that each takes to come. The first one, for which workers start, is free."""
+        for count in range(sys.maxsize):
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            if count:
+                self.waited += time.perf_counter() - asked
+            else:
+                self.restart()
+            yield batch
+
+    def share(self) -> float:
+        """Of the time since the last call that was spent waiting."""
+        share = self.waited / max(time.perf_counter() - self.start, 1e-9)
+        self.restart()
+        return round(share, 4)
+
+
+def _checkpoint_activations(model) -> None:
+    how = {"use_reentrant": False}  # the other way runs backward hooks twice, which DDP does not take
+    if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5.23 or a little before
+        model.activation_checkpointing_enable(how)
+    else:
+        model.gradient_checkpointing_enable(how)
 
 
 def initial_model(config: TrainingConfig) -> ViT3DForNeuronSegmentation:
@@ -143,129 +293,6 @@ def initial_model(config: TrainingConfig) -> ViT3DForNeuronSegmentation:
     return ViT3DForNeuronSegmentation.from_2d_pretrained(
         config.init, config.strategy, prediction=config.prediction, **sizes
     )
-
-
-def parameter_groups(model: ViT3DForNeuronSegmentation, config: TrainingConfig) -> list[dict]:
-    """What was inherited learns at `encoder_rate`, what is new at `head_rate`."""
-    new = [*model.head.parameters(), model.vit3d.embeddings.depth_embeddings]
-    known = {id(parameter) for parameter in new}
-    inherited = [parameter for parameter in model.parameters() if id(parameter) not in known]
-    return [{"params": inherited, "lr": config.encoder_rate}, {"params": new, "lr": config.head_rate}]
-
-
-def training_volumes(
-    config: TrainingConfig, pairs: list[dict], processor: ViT3DImageProcessor
-) -> tuple[list[TrainingVolume], list[float]]:
-    """Real and simulated volumes, and the weight with which each is drawn."""
-    real = [row for row in pairs if row["name"] not in config.validate]
-    volumes = [_prepare_pair(row, processor) for row in tqdm(real, desc="read golds", disable=None)]
-    share = config.simulated_share if real else 1.0
-    weights = [(1 - share) / max(1, len(real))] * len(real)
-    for index in tqdm(range(config.simulated), desc="simulate", disable=None):
-        volume, tree = random_neuron(seed=10_000 * (config.seed + 1) + index)
-        labels = training_labels(tree, volume.shape, min_radius_vox=1.5, ignore_vox=0.0)
-        volumes.append(TrainingVolume.prepare(f"simulated {index}", volume.voxels, labels, processor))
-        weights.append(share / config.simulated)
-    if not volumes:
-        raise ValueError("Nothing to train on: give --data a folder of pairs, or --simulated a number of neurons.")
-    return volumes, weights
-
-
-def _prepare_pair(row: dict, processor: ViT3DImageProcessor) -> TrainingVolume:
-    volume = read_volume(row["image"])
-    gold, polarity = read_gold(row["swc"], volume, processor)
-    untraced = untraced_structure(volume, gold, polarity=polarity)
-    labels = training_labels(gold, volume.shape, min_radius_vox=1.5, ignore_vox=0.0, untraced=untraced)
-    return TrainingVolume.prepare(row["name"], volume.voxels, labels, processor)
-
-
-def read_gold(path: str | Path, volume: Volume, processor: ViT3DImageProcessor) -> tuple[NeuronTree, str]:
-    """The gold in voxels, aligned to its stack, and the stack's polarity. An SWC that says no unit is in voxels."""
-    tree = read_swc(path)
-    tree = replace(tree, unit="voxel") if tree.unit is None else tree
-    polarity = processor.measure(volume.voxels).polarity
-    return align_gold(tree.to("voxel", tree.spacing_um or volume.spacing_um), volume, polarity=polarity)[0], polarity
-
-
-class Validator:
-    """Whole neurons, as a user would run them: segment, trace, score against the aligned gold."""
-
-    def __init__(self, config: TrainingConfig, pairs: list[dict], processor: ViT3DImageProcessor):
-        self.processor = processor
-        self.cases = []
-        for row in pairs:
-            if row["name"] in config.validate:
-                volume = read_volume(row["image"], spacing_um=config.spacing_um)
-                gold, _ = read_gold(row["swc"], volume, processor)
-                self.cases.append((row["name"], volume, gold))
-
-    def __call__(self, model) -> dict[str, float]:
-        from .reconstruction import reconstruct  # the only place where training meets the other verbs
-        from .scoring import score_trees
-
-        scores = {}
-        for name, volume, gold in self.cases:
-            tree = reconstruct(model, volume, processor=self.processor).tree
-            spacing_um = volume.spacing_um or (1.0, 1.0, 1.0)
-            scores[f"f1/{name}"] = score_trees(tree.to("voxel", spacing_um), gold)["f1"]
-        return {"f1": float(np.mean(list(scores.values()))), **scores} if scores else {}
-
-
-class Keeper:
-    """Validates, logs, and keeps two checkpoints: the last, and the best (the last, when nothing validates)."""
-
-    def __init__(self, out: Path, processor: ViT3DImageProcessor, validator: Validator, log: "Log"):
-        self.last, self.best, self.processor = out / "last", out / "best", processor
-        self.validator, self.log, self.score = validator, log, -1.0
-
-    def keep(self, model, step: int) -> None:
-        save(model, self.processor, self.last)
-        scores = self.validator(model)
-        self.log(step=step, **scores)
-        if scores.get("f1", 0.0) >= self.score or not scores:
-            self.score = scores.get("f1", 0.0)
-            save(model, self.processor, self.best)
-
-
-class Log:
-    """One JSON line per call, with the seconds since the start; a killed run keeps every line."""
-
-    def __init__(self, path: Path, accelerator: Accelerator):
-        self.path, self.main, self.start = path, accelerator.is_main_process, time.monotonic()
-
-    def __call__(self, **values) -> None:
-        if not self.main:
-            return
-        values["seconds"] = time.monotonic() - self.start
-        rounded = {key: round(value, 6) if isinstance(value, float) else value for key, value in values.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(rounded) + "\n")
-
-
-def save(model, processor: ViT3DImageProcessor, folder: Path) -> None:
-    """Write a checkpoint beside its final name and swap it in: a kill while saving leaves the previous one."""
-    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
-    if old.exists() and not folder.exists():
-        old.rename(folder)  # killed between the two renames below
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    if folder.exists():
-        folder.rename(old)
-    try:
-        partial.rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _check_validation_names(config: TrainingConfig, pairs: list[dict]) -> None:
-    unknown = set(config.validate) - {row["name"] for row in pairs}
-    if unknown:
-        raise ValueError(f"--validate names {sorted(unknown)}, which {config.data or 'an empty --data'} does not hold.")
 
 
 def main() -> None:

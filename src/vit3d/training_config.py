@@ -1,0 +1,75 @@
+"""What a training depends on, in one place, checked where it is written down."""
+
+from dataclasses import dataclass
+from math import isfinite
+
+PRECISIONS = ("no", "bf16", "fp16")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Everything a run depends on; written to `OUT/training.json`.
+
+    data: folder of stacks and golds (`NAME.tif` + `NAME.swc`, in voxels where it says no unit); may be "".
+    init: a 2D ViT (Hub id or folder) to inflate with `strategy`, or a vit3d checkpoint to go on from.
+    prediction: "volume", or "center_slice": the paper's mode, five slices in and their centre out.
+    validate: names of neurons kept out of training; the checkpoint with the best mean F1 on them is kept.
+    spacing_um: voxel size (z, y, x) of the stacks; it overrides what they say themselves.
+    simulated: how many simulated neurons are mixed in, and `simulated_share` of the crops they get.
+    max_steps: optimiser steps; each takes `accumulation` batches of `batch_size` crops on every process.
+    encoder_rate, head_rate: peak learning rates of what was inherited and of what is new. The encoder's rate
+    falls by `layer_decay` from each layer to the one below it; 1.0 is one rate for all.
+    frozen: parameters whose names begin with one of these do not learn.
+    ema_decay: of the average of the weights, which is what is kept and validated; 0.0 keeps the weights themselves.
+    cldice_weight: of the soft-clDice term (`vit3d.cldice`), 0.0 leaves it out.
+    save_every, validate_every, log_every: steps between two of each; all three happen at the last step too.
+    log_with: trackers that Accelerate knows, comma-separated; `metrics.jsonl` is always written.
+    device: "auto", "cpu", or "cuda", which is refused where there is none.
+    """
+
+    data: str
+    init: str
+    out: str
+    strategy: str = "center"
+    prediction: str = "volume"
+    validate: tuple[str, ...] = ()
+    spacing_um: tuple[float, float, float] | None = None
+    simulated: int = 32
+    simulated_share: float = 0.4
+    max_steps: int = 2000
+    batch_size: int = 8
+    accumulation: int = 1
+    encoder_rate: float = 1e-4
+    head_rate: float = 1e-3
+    layer_decay: float = 1.0
+    weight_decay: float = 0.05
+    warmup_steps: int = 100
+    frozen: tuple[str, ...] = ()
+    ema_decay: float = 0.995
+    cldice_weight: float = 0.0
+    gradient_checkpointing: bool = False
+    mixed_precision: str = "no"
+    seed: int = 0
+    validate_every: int = 500
+    save_every: int = 250
+    log_every: int = 10
+    num_workers: int = 1
+    log_with: str = ""
+    device: str = "auto"
+
+    def __post_init__(self):
+        at_least_one = ("max_steps", "batch_size", "accumulation", "validate_every", "save_every", "log_every")
+        least = dict.fromkeys(at_least_one, 1) | dict.fromkeys(("simulated", "warmup_steps", "num_workers", "seed"), 0)
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"`{name}` must be at least {value}, got {getattr(self, name)}.")
+        for name in ("encoder_rate", "head_rate", "weight_decay", "cldice_weight"):
+            if not (isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"`{name}` must be a number from 0 on, got {getattr(self, name)}.")
+        for name, above in (("ema_decay", 0.0), ("simulated_share", 0.0), ("layer_decay", 1e-9)):
+            if not above <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
+        for name, known in (("mixed_precision", PRECISIONS), ("device", DEVICES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}` takes {', '.join(known)}, got {getattr(self, name)!r}.")

@@ -1,0 +1,84 @@
+"""The network learns in other people's loops too: transformers' Trainer, and PEFT's adapters."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from runs import SIZES, WINDOW, make_checkpoint, weights
+from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation, ViT3DImageProcessor
+from vit3d.patches import CropDataset, TrainingVolume
+from vit3d.simulate import simulate_neuron
+from vit3d.targets import training_labels
+
+
+@pytest.fixture(scope="module")
+def crops() -> CropDataset:
+    config = ViT3DConfig(**SIZES, **WINDOW)
+    processor = ViT3DImageProcessor.from_config(config)
+    volume, tree = simulate_neuron(seed=0, shape=(12, 64, 72))
+    labels = training_labels(tree.to("voxel", volume.spacing_um), volume.shape)
+    prepared = TrainingVolume.prepare("one", volume.voxels, labels, processor)
+    return CropDataset([prepared], [1.0], processor, 40, 0, config)
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> str:
+    return make_checkpoint(tmp_path / "checkpoint")
+
+
+def trained(model, crops, folder: Path, steps: int) -> Trainer:
+    arguments = TrainingArguments(
+        str(folder), max_steps=steps, per_device_train_batch_size=2, per_device_eval_batch_size=2, logging_steps=1,
+        learning_rate=1e-3, lr_scheduler_type="constant", report_to="none", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    few = torch.utils.data.Subset(crops, range(4))
+    trainer = Trainer(model, arguments, train_dataset=few, eval_dataset=few)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.slow
+def test_the_trainer_of_transformers_trains_and_saves_it(crops, checkpoint, tmp_path):
+    model = ViT3DForNeuronSegmentation.from_pretrained(checkpoint)
+    trainer = trained(model, crops, tmp_path / "out", steps=20)
+    found = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert len(found) == 20
+    assert np.mean(found[-4:]) < 0.95 * np.mean(found[:4])
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(np.mean(found[-4:]), rel=0.2)
+    trainer.save_model(str(tmp_path / "saved"))
+    again = ViT3DForNeuronSegmentation.from_pretrained(tmp_path / "saved").eval()
+    with torch.no_grad():
+        batch = {key: value[None] for key, value in crops[0].items()}
+        assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
+
+
+@pytest.mark.slow
+def test_lora_on_the_attention_learns_and_its_adapter_is_small_and_enough(crops, checkpoint, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = ViT3DForNeuronSegmentation.from_pretrained(checkpoint)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["head"])
+    model = peft.get_peft_model(base, lora)
+    learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len([name for name in learns if "lora" in name]) == 2 * 2 * SIZES["num_hidden_layers"]
+    assert all("lora" in name or ".head." in name for name in learns)
+    trained(model, crops, tmp_path / "out", steps=3)
+    model.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    size = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert size < (Path(checkpoint) / "model.safetensors").stat().st_size
+    # the base is as it was, and base + adapter predict what was trained
+    fresh = ViT3DForNeuronSegmentation.from_pretrained(checkpoint)
+    untouched = base.state_dict()
+    for name, value in weights(Path(checkpoint)).items():
+        if not name.startswith("head."):
+            wrapped = name.replace("_proj.", "_proj.base_layer.") if "q_proj" in name or "v_proj" in name else name
+            assert torch.equal(untouched[wrapped], value), name
+    again = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+    batch = {key: value[None] for key, value in crops[0].items()}
+    with torch.no_grad():
+        found, before = again(**batch).logits, ViT3DForNeuronSegmentation.from_pretrained(checkpoint)(**batch).logits
+        assert torch.equal(found, model.eval()(**batch).logits)
+        assert not torch.equal(found, before)
