@@ -269,7 +269,7 @@ def test_clumped_salt_in_a_larger_box_leaves_no_tree_of_its_own_and_a_small_frag
 
 
 def test_an_intensity_on_disk_is_traced_slab_by_slab_as_in_memory(monkeypatch):
-    monkeypatch.setattr(foreground_module, "_LAZY_SLAB_VOXELS", 8 * 64 * 80)
+    monkeypatch.setattr(foreground_module, "_PIECE", (8, 64, 80))
     monkeypatch.setattr(foreground_module, "_SAMPLE_VOXELS", 1 << 14)
     rng = np.random.default_rng(0)
     mask = np.pad(paint(y_tree(), (32, 64, 80)), ((8, 40), (0, 0), (0, 0)))
