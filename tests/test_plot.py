@@ -12,7 +12,14 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from vit3d.plot import draw_difference, draw_reconstruction, plot_difference, plot_reconstruction
+from vit3d.plot import (
+    draw_difference,
+    draw_reconstruction,
+    draw_segmentation,
+    plot_difference,
+    plot_reconstruction,
+    plot_segmentation,
+)
 from vit3d.tree import NeuronTree, read_swc
 from vit3d.volume import Volume, read_volume
 
@@ -185,6 +192,74 @@ def test_probability_and_gold_have_panels_of_their_own():
     assert np.allclose(np.array(lines["gold"]) - np.array(lines["tree"]), [0, 1])
     with pytest.raises(ValueError, match=r"must have the shape \(11, 20, 40\)"):
         draw_reconstruction(volume, tree, probability=Volume(np.ones((2, 3, 4))))
+
+
+@pytest.mark.parametrize("highest", [1.0, 0.4])
+def test_a_probability_is_shown_from_0_to_1_however_sure_the_network_is(highest):
+    volume, tree = l_shape()
+    probability = Volume(volume.voxels / np.float32(200) * highest)
+    figure = draw_reconstruction(volume, tree, probability=probability)
+    for name in VIEWS:
+        assert axes_of(figure, f"probability {name}").images[0].get_clim() == (0, 1)
+        assert axes_of(figure, f"image {name}").images[0].get_clim() == (0, 200)
+
+
+def test_the_line_stands_out_from_a_saturated_neurite():
+    """Seen across the neurite: something dark on both sides of something coloured, all within the bright path."""
+    volume, tree = l_shape(shape=(11, 40, 60))
+    volume.voxels[:, 4:17] = 255
+    figure = draw_reconstruction(volume, tree)
+    box = axes_of(figure, "tree xy").get_window_extent()
+    pixels = rendered(figure)
+    column = round(box.x0 + box.width * 20.5 / 60)  # between the ends of the first edge, at y 4
+    rows = slice(round(len(pixels) - box.y1), round(len(pixels) - box.y1 + box.height * 9 / 40))
+    across = pixels[rows, column, :3]
+    line = np.flatnonzero(np.ptp(across, axis=1) > 100)
+    assert 2 <= len(line) <= 8
+    for side in (across[line[0] - 8 : line[0]], across[line[-1] : line[-1] + 8]):
+        assert (side.sum(axis=1) < 150).any()
+        assert (side.min(axis=1) > 240).any()
+
+
+def test_the_ring_of_the_root_is_explained_where_there_is_one():
+    volume, tree = l_shape()
+    (legend,) = draw_reconstruction(volume, tree).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["root"]
+    assert legend.get_lines()[0].get_markeredgecolor() == "magenta"
+    assert not draw_reconstruction(volume, NeuronTree.empty("voxel")).legends
+
+
+@pytest.mark.parametrize("name, shown", [("OP_6", "OP_6: cable"), ("n" * 300, "n" * 59 + "…: cable")])
+def test_the_title_of_a_picture_begins_with_the_name_of_its_stack(tmp_path, monkeypatch, name, shown):
+    titles = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: path.touch() or titles.append(self.get_suptitle()))
+    short = name[:100]  # as long as a file's name may be
+    plot_reconstruction(*l_shape(), tmp_path / f"{short}.png")
+    assert titles[0].startswith(shown)
+
+
+def test_the_segmentation_lies_over_the_stack_red_where_sure_and_unseen_elsewhere(tmp_path):
+    volume, _ = l_shape((2.0, 0.7, 0.4))
+    probability = Volume((volume.voxels > 0).astype(np.float32), volume.spacing_um)
+    probability.voxels[:, 15, :] = 0  # the last part of the path is missed
+    figure = draw_segmentation(volume, probability, name="OP_6")
+    assert figure.get_suptitle().startswith("OP_6: 0.4")
+    pixels = rendered(figure)
+
+    def colour(panel, y, x):
+        box = axes_of(figure, f"{panel} xy").get_window_extent()
+        down, right = (y + 0.5) / 20 * box.height, (x + 0.5) / 40 * box.width
+        return pixels[round(len(pixels) - box.y1 + down), round(box.x0 + right), :3]
+
+    assert np.allclose(colour("segmentation", 4, 17), [255, 25.5, 25.5], atol=3)
+    for panel, y, x in [("segmentation", 10, 10), ("image", 10, 10)]:
+        assert (colour(panel, y, x) < 5).all()
+    for panel, y, x in [("segmentation", 15, 30), ("image", 4, 17)]:
+        assert (colour(panel, y, x) > 250).all()
+    plot_segmentation(volume, probability, tmp_path / "a_segmentation.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["a_segmentation.png"]
+    with pytest.raises(ValueError, match="must have the shape"):
+        draw_segmentation(volume, Volume(np.ones((2, 3, 4))))
 
 
 def test_a_tree_in_um_over_a_stack_without_spacing_is_refused():

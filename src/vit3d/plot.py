@@ -13,10 +13,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
-from matplotlib.colors import Normalize
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from scipy.spatial import cKDTree
 
+from vit3d.lazy_voxels import projection
 from vit3d.tree import NeuronTree
 from vit3d.volume import Volume
 
@@ -24,6 +27,9 @@ _DPI = 150
 _PANEL_INCHES = 6.0
 _GAP_INCHES = 0.08
 _DEPTH_COLORS = "rainbow"  # bright at both ends, so that it shows on black and on white
+_SEEN_THROUGH = LinearSegmentedColormap.from_list("seen through", [(1, 0.1, 0.1, 0), (1, 0.1, 0.1, 1)])
+_ROOT_RING = {"marker": "o", "linestyle": "", "mfc": "none", "mec": "magenta", "mew": 1.5, "ms": 9}
+_LONGEST_NAME = 60  # letters of a stack's name that the title has room for
 _UNIT_NAMES = {"um": "µm", "voxel": "voxels"}
 _DIFFERENCE_WORDS = {"agreed": "grey", "missing": "red", "surplus": "blue"}
 
@@ -81,8 +87,10 @@ def plot_reconstruction(
     `probability` and `gold` each add a panel of their own. `polarity="dark"` (dark neurites on a bright
     ground) projects the minimum. The file appears under its name only when it is whole. ValueError: a path
     that is no .png, a probability of another shape, a tree whose unit does not fit a stack without spacing.
+    The title begins with the file's name.
     """
-    _save(draw_reconstruction(volume, tree, probability=probability, gold=gold, polarity=polarity), path)
+    name = Path(path).stem
+    _save(draw_reconstruction(volume, tree, probability=probability, gold=gold, polarity=polarity, name=name), path)
 
 
 def draw_reconstruction(
@@ -92,26 +100,59 @@ def draw_reconstruction(
     probability: Volume | None = None,
     gold: NeuronTree | None = None,
     polarity: str = "bright",
+    name: str = "",
 ) -> Figure:
-    """The figure that `plot_reconstruction` writes."""
-    if polarity not in ("bright", "dark"):
-        raise ValueError(f"`polarity` must be 'bright' or 'dark', got {polarity!r}.")
-    if probability is not None and probability.shape != volume.shape:
-        raise ValueError(f"`probability` must have the shape {volume.shape}, got {probability.shape}.")
+    """The figure that `plot_reconstruction` writes; `name`, of the stack, begins its title."""
+    _check(volume, probability, polarity)
     box = _Box.of_volume(volume)
     panels = [("image", volume, None), ("probability", probability, None), ("tree", volume, tree)]
     panels += [("gold", None if gold is None else volume, gold)]
     panels = [panel for panel in panels if panel[1] is not None]
     figure, rows = _panels(box, [name for name, _, _ in panels], margin=1.1)
     ink = "white" if polarity == "bright" else "black"
-    for (name, shown, drawn), axes in zip(panels, rows, strict=True):
-        _show_projections(axes, shown, box, "bright" if name == "probability" else polarity)
+    for (panel, shown, drawn), axes in zip(panels, rows, strict=True):
+        if panel == "probability":
+            _show_projections(axes, shown, box, "bright", limits=(0.0, 1.0))
+        else:
+            _show_projections(axes, shown, box, polarity)
         if drawn is not None:
             _draw_tree(axes, drawn.to(box.unit, volume.spacing_um), box, ink)
     _draw_depth_bar(figure, box)
+    if len(tree):
+        _draw_root_legend(figure)
     _draw_scale_bar(rows[0][0], box, ink)
-    _set_title(figure, _description(tree.to(box.unit, volume.spacing_um)))
+    _set_title(figure, _named(name, _description(tree.to(box.unit, volume.spacing_um))))
     return figure
+
+
+def plot_segmentation(volume: Volume, probability: Volume, path: str | Path, *, polarity: str = "bright") -> None:
+    """Write one PNG: the stack's projections, and beside them the same with the probability over it, red where sure.
+
+    The title begins with the file's name, less `_segmentation`. ValueError as for `plot_reconstruction`.
+    """
+    name = Path(path).stem.removesuffix("_segmentation")
+    _save(draw_segmentation(volume, probability, polarity=polarity, name=name), path)
+
+
+def draw_segmentation(volume: Volume, probability: Volume, *, polarity: str = "bright", name: str = "") -> Figure:
+    """The figure that `plot_segmentation` writes."""
+    _check(volume, probability, polarity)
+    box = _Box.of_volume(volume)
+    figure, (alone, under) = _panels(box, ["image", "segmentation"], margin=0.1)
+    _show_projections(alone, volume, box, polarity)
+    _show_projections(under, volume, box, polarity)
+    _show_projections(under, probability, box, "bright", limits=(0.0, 1.0), colors=_SEEN_THROUGH)
+    _draw_scale_bar(alone[0], box, "white" if polarity == "bright" else "black")
+    share = float(np.mean(np.asarray(probability.voxels) > 0.5))
+    _set_title(figure, _named(name, f"{share:.2%} of the voxels more likely neurite than not"))
+    return figure
+
+
+def _check(volume: Volume, probability: Volume | None, polarity: str) -> None:
+    if polarity not in ("bright", "dark"):
+        raise ValueError(f"`polarity` must be 'bright' or 'dark', got {polarity!r}.")
+    if probability is not None and probability.shape != volume.shape:
+        raise ValueError(f"`probability` must have the shape {volume.shape}, got {probability.shape}.")
 
 
 def plot_difference(
@@ -210,15 +251,20 @@ def _set_title(figure: Figure, words: str) -> None:
 
 
 def _show_projections(
-    axes: list[Axes], volume: Volume, box: _Box, polarity: str, colors: str = "gray", headroom: float = 1.0
+    axes: list[Axes],
+    volume: Volume,
+    box: _Box,
+    polarity: str,
+    colors: str | LinearSegmentedColormap = "gray",
+    headroom: float = 1.0,
+    limits: tuple[float, float] | None = None,
 ) -> None:
-    """Maximum projections (minimum for dark neurites); `headroom` above 1 makes them fainter."""
-    voxels = np.asarray(volume.voxels)
+    """Maximum projections (minimum for dark neurites) between `limits`, or else by their own contrast;
+    `headroom` above 1 makes them fainter."""
     for ax, view in zip(axes, _VIEWS, strict=True):
-        project = voxels.min if polarity == "dark" else voxels.max
-        image = project(axis=view.along).astype(np.float32)
+        image = projection(volume.voxels, view.along, polarity == "dark").astype(np.float32)
         image = image.T if view.down > view.right else image
-        low, high = _contrast(image, polarity)
+        low, high = limits or _contrast(image, polarity)
         extent = (box.low[view.right], box.high[view.right], box.high[view.down], box.low[view.down])
         high = low + headroom * (high - low)
         ax.imshow(image, colors, vmin=low, vmax=high, extent=extent, aspect="auto")
@@ -241,10 +287,12 @@ def _draw_tree(axes: list[Axes], tree: NeuronTree, box: _Box, ink: str) -> None:
         return
     edges = np.stack([tree.points[tree.edges], tree.points[tree.parents[tree.edges]]], axis=1)
     depth = {"array": edges[:, :, 0].mean(axis=1), "cmap": _DEPTH_COLORS, "norm": _depths(box)}
-    roots, ring = tree.points[tree.parents < 0], {"mfc": "none", "mec": "magenta", "ms": 9}
+    roots = tree.points[tree.parents < 0]
+    casing = "black" if ink == "white" else "white"  # else a saturated neurite swallows the line
     for ax, view in zip(axes, _VIEWS, strict=True):
-        _draw_lines(ax, view, edges, linewidths=1.0, label="tree", **depth)
-        ax.plot(roots[:, view.right], roots[:, view.down], "o", label="roots", **ring)
+        style = {"linewidths": 1.6, "capstyle": "round", "path_effects": [withStroke(linewidth=3.0, foreground=casing)]}
+        _draw_lines(ax, view, edges, label="tree", **style, **depth)
+        ax.plot(roots[:, view.right], roots[:, view.down], label="roots", **_ROOT_RING)
 
 
 def _draw_lines(ax: Axes, view: _View, pieces: np.ndarray, **style) -> None:
@@ -260,6 +308,12 @@ def _draw_depth_bar(figure: Figure, box: _Box) -> None:
     bar.ax.invert_yaxis()
 
 
+def _draw_root_legend(figure: Figure) -> None:
+    place = (1, 1 - 0.35 / figure.get_figheight())
+    ring = Line2D([], [], **_ROOT_RING)
+    figure.legend([ring], ["root"], loc="upper right", bbox_to_anchor=place, frameon=False, handletextpad=0)
+
+
 def _depths(box: _Box) -> Normalize:
     return Normalize(box.low[0], box.high[0])
 
@@ -272,6 +326,11 @@ def _draw_scale_bar(ax: Axes, box: _Box, ink: str) -> None:
     x, y = box.low[2] + 0.04 * wide, box.high[1] - 0.04 * tall
     ax.plot([x, x + length], [y, y], color=ink, linewidth=2.5, label="scale bar")
     ax.text(x, y - 0.015 * tall, f"{length:g} {_UNIT_NAMES[box.unit]}", color=ink)
+
+
+def _named(name: str, words: str) -> str:
+    name = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+    return f"{name}: {words}" if name else words
 
 
 def _description(tree: NeuronTree) -> str:
