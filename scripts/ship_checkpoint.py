@@ -3,7 +3,7 @@
     python scripts/ship_checkpoint.py RUN [RUN ...] --to src/vit3d/checkpoints/vit3d-tiny \
         --card model_cards/vit3d-tiny/README.md
 
-Several runs, in order, where one went on from the other's checkpoint.
+Several runs, in order, where one went on from the other's checkpoint; `--append` keeps the rows of earlier ones.
 """
 
 import argparse
@@ -35,12 +35,17 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--to", type=Path, required=True)
     parser.add_argument("--card", type=Path, required=True)
+    parser.add_argument("--append", action="store_true")
     args = parser.parse_args()
 
     model = ViT3DForNeuronSegmentation.from_pretrained(args.runs[-1] / "last", dtype=torch.float16)
     model.save_pretrained(args.to)
     ViT3DImageProcessor.from_config(model.config).save_pretrained(args.to)
-    fill_card(args.card, "training", markdown_table([history(run) for run in args.runs]))
+    table = markdown_table([history(run) for run in args.runs])
+    if args.append:
+        before = args.card.read_text().split("<!-- training -->")[1].split("<!-- /training -->")[0]
+        table = "\n".join([before.strip(), *table.splitlines()[2:]])
+    fill_card(args.card, "training", table)
 
 
 if __name__ == "__main__":
