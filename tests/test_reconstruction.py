@@ -1,18 +1,26 @@
 """The main job: stack -> probability -> tree -> files, by command and by function."""
 
+import csv
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tifffile
 import torch
+import zarr
 
 from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation, ViT3DImageProcessor, checkpoint
 from vit3d.cli import main
-from vit3d.reconstruction import find_stacks, inverted, reconstruct
+from vit3d.leases import Leases
+from vit3d.reconstruction import find_stacks, fits_in_memory, inverted, masked, reconstruct, within
 from vit3d.scoring import score_trees
 from vit3d.tree import read_swc
-from vit3d.volume import Volume, read_volume, write_volume
+from vit3d.volume import Volume, open_volume, read_volume, write_volume
 
 SPACING = (1.0, 0.5, 0.5)
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -204,6 +212,257 @@ def test_a_mask_of_another_shape_is_refused_before_the_network_runs():
         reconstruct(None, volume, mask=mask)
 
 
+# ------------------------------------------------------------ larger than memory
+
+
+ON_DISK = ["a.png", "a.swc", "a_probability.zarr", "a_review.csv"]
+
+
+def on_disk(*words):
+    return ("reconstruct", *words, "--out-of-core", "--memory-budget", 64)  # other tests may have taken much
+
+
+def test_out_of_core_gives_the_tree_of_the_run_in_memory_and_a_store_for_viewers(vit3d, tmp_path):
+    path = written(tmp_path / "a.zarr")
+    assert vit3d("reconstruct", path, "--out", tmp_path / "whole", "--in-memory")[0] == 0
+    status, printed, said = vit3d(*on_disk(path, "--out", tmp_path / "disk"))
+    assert status == 0, said
+    assert names(tmp_path / "disk") == ON_DISK
+    whole, disk = (read_swc(tmp_path / place / "a.swc") for place in ("whole", "disk"))
+    assert_equal_trees(whole, disk, threshold=0.5)
+    first = read_volume(tmp_path / "whole" / "a_probability.tif")
+    second = read_volume(tmp_path / "disk" / "a_probability.zarr")
+    np.testing.assert_allclose(first.voxels, second.voxels, atol=5e-4)  # float16's precision
+    assert second.spacing_um == SPACING
+    assert [row.split()[0] for row in printed.splitlines()] == ["name", "a"]
+
+
+def test_out_of_core_again_goes_on_and_gives_the_same(vit3d, tmp_path):
+    path = written(tmp_path / "a.tif")
+    for _ in range(2):
+        assert vit3d(*on_disk(path, "--out", tmp_path / "o"))[0] == 0
+    first = (tmp_path / "o" / "a.swc").read_bytes()
+    assert vit3d(*on_disk(path, "--out", tmp_path / "o"))[0] == 0
+    assert (tmp_path / "o" / "a.swc").read_bytes() == first
+    assert names(tmp_path / "o") == ON_DISK
+
+
+def test_out_of_core_keeps_to_the_mask_and_the_crop(vit3d, tmp_path):
+    inside = np.zeros(y_stack().shape, np.uint8)
+    inside[:, :, :40] = 7
+    flags = ("--mask", written(tmp_path / "mask.zarr", inside), "--swc-unit", "voxel", "--crop", "3:,1:63,2:99")
+    path = written(tmp_path / "a.tif")
+    assert vit3d(*on_disk(path, "--out", tmp_path / "o", *flags))[0] == 0
+    assert vit3d("reconstruct", path, "--out", tmp_path / "whole", *flags)[0] == 0
+    whole, disk = (read_swc(tmp_path / place / "a.swc") for place in ("whole", "o"))
+    assert_equal_trees(whole, disk, threshold=0.5)
+    assert 34 < disk.points[:, 2].max() < 40
+    assert read_volume(tmp_path / "o" / "a_probability.zarr").shape == (17, 62, 97)
+
+
+def test_a_stack_beyond_the_budget_is_worked_on_on_disk_but_a_small_crop_of_it_in_memory(vit3d, tmp_path):
+    stack = Volume(np.zeros((20, 64, 100), np.uint8))
+    enough = 20 * 64 * 100 * (1 + 12) + 2**30
+    assert fits_in_memory(stack, enough)
+    assert not fits_in_memory(stack, enough - 1)
+    assert fits_in_memory(stack, enough - 1, (slice(0, 19), slice(0, 64), slice(0, 100)))
+    path = written(tmp_path / "a.zarr")
+    crop = ("--crop", "3:,1:63,2:99")
+    budget = (enough - 1) / 2**30
+    status, _, said = vit3d("reconstruct", path, "--out", tmp_path / "o", *crop, "--memory-budget", budget)
+    assert status == 0, said
+    assert names(tmp_path / "o") == NAMES  # the crop fits
+
+
+def test_nan_in_a_crop_of_a_stack_on_disk_is_refused(tmp_path):
+    voxels = y_stack().astype(np.float32)
+    voxels[4, 5, 6] = np.nan
+    volume = open_volume(written(tmp_path / "a.zarr", voxels))
+    box = (slice(0, 9), slice(0, 30), slice(0, 30))
+    with pytest.raises(ValueError, match="NaN"):
+        reconstruct(Photograph(), Volume(volume.voxels, SPACING), box=box, processor=Measured())
+
+
+class Measured:
+    """A processor that has measured elsewhere."""
+
+    def measure(self, voxels):
+        return None
+
+
+def test_the_tracing_is_left_to_one_process(vit3d, tmp_path):
+    path = written(tmp_path / "a.tif")
+    (tmp_path / "o").mkdir()
+    with Leases(tmp_path / "o") as leases:
+        assert leases.claim(".a_probability.zarr.tracing")
+        status, printed, said = vit3d(*on_disk(path, "--out", tmp_path / "o"))
+        assert (status, printed) == (0, ""), said
+        assert (tmp_path / "o" / "a_probability.zarr").exists()
+        assert not (tmp_path / "o" / "a.swc").exists()
+    assert vit3d(*on_disk(path, "--out", tmp_path / "o"))[0] == 0
+    assert names(tmp_path / "o") == ON_DISK
+
+
+def two_neurites() -> np.ndarray:
+    voxels = np.zeros((12, 60, 100), np.uint8)
+    voxels[5:8, 9:12, 8:60] = voxels[5:8, 45:48, 8:90] = 200
+    return voxels
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".zarr"])
+def test_several_neurons_give_an_swc_each_the_longest_first(vit3d, tmp_path, suffix):
+    path = written(tmp_path / f"a{suffix}", two_neurites())
+    assert vit3d("reconstruct", path, "--out", tmp_path / "o", "--forest")[0] == 0
+    assert names(tmp_path / "o") == ["a.png", "a_1.swc", "a_2.swc", "a_probability.tif", "a_review.csv"]
+    assert vit3d("trace", path, tmp_path / "t" / "b.swc", "--forest")[0] == 0
+    assert names(tmp_path / "t") == ["b_1.swc", "b_2.swc", "b_review.csv"]
+    for prefix in ("o/a", "t/b"):
+        first, second = (read_swc(tmp_path / f"{prefix}_{number}.swc") for number in (1, 2))
+        assert (first.num_roots, second.num_roots) == (1, 1)
+        assert first.cable_length == pytest.approx(81 * 0.5, rel=0.1)
+        assert second.cable_length == pytest.approx(51 * 0.5, rel=0.1)
+
+
+def test_the_review_is_in_the_unit_of_the_swc(vit3d, tmp_path):
+    path = written(tmp_path / "a.tif", two_neurites())
+    for unit, folder in ((None, "um"), ("voxel", "voxel")):
+        flags = ("--swc-unit", unit) if unit else ()
+        assert vit3d("reconstruct", path, "--out", tmp_path / folder, *flags)[0] == 0
+        assert vit3d("trace", path, tmp_path / folder / "b.swc", *flags)[0] == 0
+    for name in ("a", "b"):
+        um, voxel = (list(csv.DictReader((tmp_path / u / f"{name}_review.csv").open())) for u in ("um", "voxel"))
+        assert [row["kind"] for row in um] == [row["kind"] for row in voxel]
+        assert any(row["kind"] == "left out" for row in um)
+        for first, second in zip(um, voxel, strict=True):
+            for axis, step in zip("zyx", SPACING, strict=True):
+                assert float(second[f"{axis}_voxel"]) * step == pytest.approx(float(first[f"{axis}_um"]), abs=0.02)
+            assert float(second["length_voxel"]) * SPACING[2] == pytest.approx(float(first["length_um"]), abs=0.02)
+
+
+def as_array(path: Path, voxels) -> Path:
+    """A plain Zarr array without an image around it."""
+    zarr.create_array(path, data=voxels, chunks=(8, 32, 32))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["ome", "plain", "slices", "url", "file"])
+def test_a_stack_in_any_format_gives_the_same_tree(vit3d, tmp_path, kind):
+    written(tmp_path / "a.tif")
+    if kind == "slices":
+        (tmp_path / "s").mkdir()
+        for z, plane in enumerate(y_stack()):
+            tifffile.imwrite(tmp_path / "s" / f"slice{z}.tif", plane)
+    elif kind == "url":
+        as_array("memory://reconstruction/s.zarr", y_stack())
+    path = {
+        "ome": lambda: written(tmp_path / "s.zarr"),
+        "plain": lambda: as_array(tmp_path / "s.zarr", y_stack()),
+        "slices": lambda: tmp_path / "s",
+        "url": lambda: "memory://reconstruction/s.zarr",
+        "file": lambda: tmp_path / "a.tif",
+    }[kind]()
+    size = ("--spacing", "1,0.5,0.5")
+    for number, (stack, flags) in enumerate(((tmp_path / "a.tif", ()), (path, size))):
+        status, _, said = vit3d("reconstruct", stack, "--out", tmp_path / str(number), *flags)
+        assert status == 0, said
+        assert vit3d("trace", stack, tmp_path / f"{number}.swc", *flags)[0] == 0
+    assert sorted(path.name for path in (tmp_path / "1").glob("*.swc")) == ["a.swc" if kind == "file" else "s.swc"]
+    swc = next((tmp_path / "1").glob("*.swc"))
+    np.testing.assert_allclose(read_swc(tmp_path / "0" / "a.swc").points, read_swc(swc).points)
+    np.testing.assert_allclose(read_swc(tmp_path / "0.swc").points, read_swc(tmp_path / "1.swc").points)
+
+
+def test_masks_in_stores_and_slices_are_scored_as_masks_in_files(vit3d, tmp_path):
+    mask = (y_stack() > 100).astype(np.uint8) * 255
+    moved = np.roll(mask, 1, axis=2)
+    pairs = [(written(tmp_path / "a.tif", mask), written(tmp_path / "b.tif", moved))]
+    pairs += [(written(tmp_path / "a.zarr", mask), written(tmp_path / "b.zarr", moved))]
+    for name, voxels in (("a", mask), ("b", moved)):
+        (tmp_path / name).mkdir()
+        for z, plane in enumerate(voxels):
+            tifffile.imwrite(tmp_path / name / f"s{z}.tif", plane)
+    pairs += [(tmp_path / "a", tmp_path / "b")]
+    size = ("--spacing", "1,0.5,0.5", "--json")
+    told = [json.loads(vit3d("score", *pair, *size)[1]) for pair in pairs]
+    assert told[0]["dice"] < 1
+    for other in told[1:]:
+        assert {**other, "name": "a"} == told[0]
+
+
+def test_a_folder_of_stores_is_one_table(vit3d, tmp_path):
+    (tmp_path / "in").mkdir()
+    written(tmp_path / "in" / "a.zarr")
+    written(tmp_path / "in" / "b.tif")
+    status, printed, said = vit3d("reconstruct", tmp_path / "in", "--out", tmp_path / "in")
+    assert status == 0, said
+    assert [row.split()[0] for row in printed.splitlines()] == ["name", "a", "b"]
+    status, printed, _ = vit3d("reconstruct", tmp_path / "in", "--out", tmp_path / "in")  # beside its own pictures
+    assert [row.split()[0] for row in printed.splitlines()] == ["name", "a", "b"]
+
+
+TRACE = r"""
+import re, sys
+import numpy as np
+from vit3d.tracing import trace
+from vit3d.tree import write_swc
+from vit3d.volume import Volume, open_volume, read_volume
+
+trace(Volume(np.eye(20, dtype=np.float32) + np.zeros((20, 20, 20), np.float32)))  # all is loaded
+# ru_maxrss may be the parent's
+peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) * 1024
+before = peak()
+write_swc(trace((open_volume if sys.argv[1] == "disk" else read_volume)(sys.argv[2])), sys.argv[3])
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_a_probability_on_disk_is_traced_in_the_memory_of_its_neurites(tmp_path):
+    """The same tree as in memory, bit for bit, from a small part of the memory of the volume."""
+    path, shape = tmp_path / "p.zarr", (192, 768, 768)
+    voxels = np.zeros(shape, np.float32)
+    for x in range(20, 740):
+        for y in (200 + x // 4, 500 - x // 4):
+            voxels[90 + x // 20 - 2 : 90 + x // 20 + 3, y - 2 : y + 3, x] = 0.9
+    write_volume(Volume(voxels, SPACING), path)
+    taken = {}
+    for where in ("memory", "disk"):
+        words = [sys.executable, "-c", TRACE, where, str(path), str(tmp_path / f"{where}.swc")]
+        done = subprocess.run(words, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        taken[where] = int(done.stdout)
+    assert (tmp_path / "disk.swc").read_bytes() == (tmp_path / "memory.swc").read_bytes()
+    assert len(read_swc(tmp_path / "disk.swc")) > 100
+    assert taken["memory"] > voxels.nbytes
+    assert taken["disk"] < 0.4 * voxels.nbytes
+
+
+@pytest.mark.slow
+def test_several_processes_reconstruct_one_stack_and_one_of_them_traces_it(tiny, tmp_path):
+    voxels = np.random.default_rng(0).integers(0, 9, (70, 100, 150), np.uint8)
+    voxels[30:33, 50:53, 10:140] = 200
+    path, code = written(tmp_path / "a.zarr", voxels), "from vit3d.cli import main; main()"
+    words = ["reconstruct", path, "--out", tmp_path / "o", "--model", tiny, "--threshold", "0.9", "--out-of-core"]
+    how = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "stdout": -1, "stderr": -1, "text": True}
+    started = [subprocess.Popen([sys.executable, "-c", code, *map(str, words)], **how) for _ in range(2)]
+    said = [process.communicate() for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    assert any("cable_um" in printed for printed, _ in said)
+    assert names(tmp_path / "o") == ON_DISK
+
+
+def test_masking_and_inverting_on_disk_are_those_in_memory(tmp_path):
+    voxels, mask = y_stack(), y_stack() > 15
+    lazy = open_volume(written(tmp_path / "a.zarr", voxels))
+    whole = masked(inverted(Volume(voxels)), mask)
+    disk = masked(inverted(lazy), open_volume(written(tmp_path / "m.zarr", mask)).voxels)
+    assert not isinstance(disk.voxels, np.ndarray)
+    np.testing.assert_array_equal(np.asarray(disk.voxels), whole.voxels)
+    box = (slice(2, 9), slice(30, 50), slice(10, 70))
+    np.testing.assert_array_equal(np.asarray(within(disk, box).voxels), whole.voxels[box])
+    np.testing.assert_array_equal(within(disk, box).voxels[1:3, ..., ::2], whole.voxels[box][1:3, ..., ::2])
+
+
 # ------------------------------------------------------------ a folder
 
 
@@ -236,7 +495,11 @@ def test_a_second_run_over_the_same_folder_passes_over_what_the_first_wrote(vit3
 def test_stacks_are_found_by_name_and_namesakes_keep_their_suffix(tmp_path):
     for name in ("b.tif", "a.tif", "b.v3draw", ".hidden.tif", "a_probability.tif", "c.csv"):
         (tmp_path / name).touch()
-    assert list(find_stacks(tmp_path)) == ["a", "b.tif", "b.v3draw"]
+    for name in ("d.zarr", "d_probability.zarr", "e_probability.zarr.partial"):
+        (tmp_path / name).mkdir()
+    assert list(find_stacks(tmp_path)) == ["a", "b.tif", "b.v3draw", "d"]
+    assert find_stacks(tmp_path / "d.zarr") == {"d": tmp_path / "d.zarr"}
+    assert find_stacks(Path("s3://bucket/f.zarr/1")) == {"f": Path("s3://bucket/f.zarr/1")}
     assert find_stacks(tmp_path / "a_probability.tif") == {"a_probability": tmp_path / "a_probability.tif"}
 
 

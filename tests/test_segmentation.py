@@ -9,8 +9,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from torch import nn
 
 from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation, ViT3DImageProcessor, Volume, segment
+from vit3d.model.inference_vit3d import FAINT
 from vit3d.model.modeling_vit3d import BACKGROUND_LOGIT, from_patches, to_patches
-from vit3d.segmentation import FAINT
 
 SHAPES = [(19, 40, 53), (8, 16, 24), (9, 17, 25), (3, 5, 7), (1, 40, 30), (30, 10, 24)]
 
@@ -117,7 +117,7 @@ def test_faint_probabilities_are_written_as_zero(network, monkeypatch):
     voxels = noise((9, 20, 30))
     found = segment(network, Volume(voxels), select=False).voxels
     assert found[found > 0].min() >= FAINT
-    monkeypatch.setattr("vit3d.segmentation.FAINT", 0.5)
+    monkeypatch.setattr("vit3d.model.inference_vit3d.FAINT", 0.5)
     assert_array_equal(segment(network, Volume(voxels), select=False).voxels, np.where(found < 0.5, 0, found))
 
 

@@ -351,6 +351,16 @@ def test_a_lost_chunk_is_named_and_never_read_as_zeros(tmp_path, version):
     assert np.array_equal(read_volume(path).voxels, filled)
 
 
+def test_a_lost_chunk_of_a_store_without_a_fill_value_is_named(tmp_path):
+    """Zarr v2 may leave the fill open (null); what is read for a lost chunk is 0 all the same."""
+    path = plain(tmp_path / "a.zarr", noise(), 2)
+    header = json.loads((path / ".zarray").read_text())
+    (path / ".zarray").write_text(json.dumps({**header, "fill_value": None}))
+    (path / "0.1.1").unlink()
+    with pytest.raises(ValueError, match=r"lost the chunk.*0.1.1"):
+        read_volume(path)
+
+
 def test_a_lost_chunk_of_a_chosen_channel_is_named_too(tmp_path):
     path = plain(tmp_path / "a.zarr", noise((2, *SHAPE)))
     (path / "c/1/0/0/0").unlink()

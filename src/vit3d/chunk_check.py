@@ -24,13 +24,14 @@ def refuse_missing_chunks(array, box: Box, voxels: np.ndarray) -> None:
     """
     if not isinstance(array, zarr.Array) or array.attrs.get(DECLARATION[0]) == DECLARATION[1]:
         return
+    fill = 0 if array.fill_value is None else array.fill_value  # Zarr v2's null leaves it open: zeros are read
     for index, part in _chunks(array, box):
         region = voxels[part]
-        if region.flat[0] == array.fill_value and (region == array.fill_value).all():
+        if region.flat[0] == fill and (region == fill).all():
             key = array.metadata.encode_chunk_key(index)
             if not sync((array.store_path / key).exists()):
                 raise ValueError(
-                    f"{array.store_path} has lost the chunk {key}, which would be read as {array.fill_value}; restore "
+                    f"{array.store_path} has lost the chunk {key}, which would be read as {fill}; restore "
                     f'it. A store that leaves out empty chunks declares it by the attribute "{DECLARATION[0]}": '
                     f'"{DECLARATION[1]}", or is read with --missing-as-fill.'
                 )

@@ -1,18 +1,24 @@
 """The main job, composed of the verbs: stack -> probability -> tree, and the files a person wants of it."""
 
 import csv
+import math
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from .lazy_voxels import ChangedVoxels, LazyVoxels, VoxelsWithin, pieces
 from .tracing import Review, trace_with_review
 from .tree import NeuronTree, write_swc
-from .volume import SUFFIXES, Volume, write_volume
+from .volume import SUFFIXES, Volume, is_stack, is_url, open_volume, write_volume
 
 Box = tuple[slice, slice, slice]
+
+_BYTES_BESIDE = 12  # per voxel, for the probability and what it takes to make, trace and draw it
+_BYTES_ANYWAY = 2**30  # for the network and Python
 
 
 @dataclass(frozen=True)
@@ -26,19 +32,23 @@ class Reconstruction:
     polarity: str
     box: Box
 
-    def write(self, out: Path, name: str, swc_unit: str | None = None) -> None:
+    def write(self, out: Path, name: str, swc_unit: str | None = None, *, forest: bool = False) -> None:
         """`NAME.swc`, `NAME_probability.tif`, `NAME_review.csv` and `NAME.png` into the folder `out`: all or none.
 
-        `swc_unit`, "um" or "voxel", is the SWC's; default is the tree's own.
+        `swc_unit`, "um" or "voxel", is that of the SWC and of the review; default is the tree's own. `forest`: every
+        tree has an SWC of its own, `NAME_1.swc` the one with most cable. A probability on disk stays where it is.
         """
         from .plot import plot_reconstruction
 
         out.mkdir(parents=True, exist_ok=True)
+        unit = swc_unit or self.tree.unit
         with TemporaryDirectory(prefix=f".{name}.", suffix=".partial", dir=out) as folder:
             whole = Path(folder)
-            write_swc(self.tree, whole / f"{name}.swc", unit=swc_unit)
-            write_review(self.reviews, whole / f"{name}_review.csv", self.tree.unit)
-            write_volume(self.probability, whole / f"{name}_probability.tif")
+            for path, tree in swc_files(self.tree, whole / f"{name}.swc", forest):
+                write_swc(tree, path, unit=unit)
+            write_review(reviews_in(unit, self.reviews, self.tree), whole / f"{name}_review.csv", unit)
+            if not isinstance(self.probability.voxels, LazyVoxels):
+                write_volume(self.probability, whole / f"{name}_probability.tif")
             here, picture = place(self.tree, self.box, -1), whole / f"{name}.png"
             plot_reconstruction(self.volume, here, picture, probability=self.probability, polarity=self.polarity)
             for path in sorted(whole.iterdir()):
@@ -69,6 +79,8 @@ def reconstruct(
     statistics = processor.measure(volume.voxels)
     box = box or tuple(slice(0, size) for size in volume.shape)
     part = volume.crop(box)
+    if part.voxels.dtype.kind == "f" and not np.isfinite(part.voxels).all():
+        raise ValueError("The stack holds NaN or infinite voxels; replace them before use.")
     probability = segment(model, part, processor=processor, statistics=statistics, select=select)
     if mask is not None:
         probability = masked(probability, mask[box])
@@ -78,16 +90,96 @@ def reconstruct(
     )
 
 
-def masked(volume: Volume, mask: np.ndarray) -> Volume:
-    """The volume with zeros where `mask`, of the same shape, is 0."""
+def reconstruct_on_disk(
+    model,
+    volume: Volume,
+    store: Path,
+    *,
+    processor=None,
+    box: Box | None = None,
+    mask: np.ndarray | LazyVoxels | None = None,
+    select: bool = True,
+    run: dict | None = None,
+    **tracing,
+) -> Reconstruction | None:
+    """`reconstruct`, for a volume larger than memory: the probability grows as the OME-Zarr `store`.
+
+    Any number of processes may do this at once and be killed: all segment into one store, one of them adds its coarser
+    levels and traces it, and the others get None. Started again, it goes on. `run`: fields of
+    `vit3d.out_of_core.RunOptions`. The tree is that of the probability in memory; memory follows the neuron. The store
+    holds the probability also where `mask` is 0.
+    """
+    from .leases import Leases
+    from .model.image_processing_vit3d import ViT3DImageProcessor
+    from .out_of_core import RunOptions, segment_store
+    from .pyramid import build_pyramid, has_pyramid
+
+    if mask is not None:
+        _check_mask(mask, volume)
+    processor = processor or ViT3DImageProcessor.from_config(model.config)
+    statistics = processor.measure(volume.voxels)
+    box = box or tuple(slice(0, size) for size in volume.shape)
+    part = within(volume, box)
+    store.parent.mkdir(parents=True, exist_ok=True)
+    options = {"processor": processor, "statistics": statistics, "select": select}
+    segment_store(model, part, store, options=RunOptions(**(run or {})), **options)
+    with Leases(store.parent) as leases, leases.holding(f".{store.name}.tracing") as mine:
+        if not mine:
+            return None
+        if not has_pyramid(store):
+            build_pyramid(store)
+        probability = open_volume(store)
+        traced = probability if mask is None else masked(probability, VoxelsWithin(mask, box))
+        tree, reviews = trace_with_review(traced, **tracing)
+    reviews = placed_reviews(reviews, tree, box)
+    return Reconstruction(part, probability, place(tree, box), reviews, statistics.polarity, box)
+
+
+def fits_in_memory(volume: Volume, memory_bytes: float, box: Box | None = None) -> bool:
+    """Whether a volume, or a box of it, can be reconstructed, or traced, as a whole with so much memory."""
+    num_voxels = math.prod(volume.shape if box is None else (b.stop - b.start for b in box))
+    return num_voxels * (volume.voxels.dtype.itemsize + _BYTES_BESIDE) + _BYTES_ANYWAY <= memory_bytes
+
+
+def device_of(device: str, local_rank: int) -> str:
+    """The GPU of one of several processes on a machine, where `device` is "auto"."""
+    import torch
+
+    if device != "auto" or not torch.cuda.is_available():
+        return device
+    return f"cuda:{local_rank % torch.cuda.device_count()}"
+
+
+def within(volume: Volume, box: Box) -> Volume:
+    """`volume.crop(box)`, but of voxels on disk nothing is read."""
+    lazy = isinstance(volume.voxels, LazyVoxels)
+    return Volume(VoxelsWithin(volume.voxels, box), volume.spacing_um) if lazy else volume.crop(box)
+
+
+def masked(volume: Volume, mask) -> Volume:
+    """The volume with zeros where `mask`, of the same shape, is 0; of voxels on disk nothing is read."""
     _check_mask(mask, volume)
-    return Volume(np.where(mask != 0, volume.voxels, volume.voxels.dtype.type(0)), volume.spacing_um)
+    zero = volume.voxels.dtype.type(0)
+    if isinstance(volume.voxels, LazyVoxels):
+        voxels = ChangedVoxels(volume.voxels, lambda part, box: np.where(np.asarray(mask[box]) != 0, part, zero))
+    else:
+        voxels = np.where(np.asarray(mask) != 0, volume.voxels, zero)
+    return Volume(voxels, volume.spacing_um)
 
 
 def inverted(volume: Volume) -> Volume:
     """Dark neurites on a bright ground made bright ones on a dark ground; the brightest voxel becomes 0."""
-    voxels = volume.voxels.astype(np.int64) if volume.voxels.dtype.kind == "i" else volume.voxels
-    return Volume(~voxels if voxels.dtype == bool else voxels.max() - voxels, volume.spacing_um)
+    voxels = volume.voxels
+    if isinstance(voxels, LazyVoxels) and voxels.dtype.kind != "i":
+        highest = max(np.asarray(voxels[box]).max() for box in pieces(voxels))
+        return Volume(ChangedVoxels(voxels, lambda part, _: _turned(part, highest)), volume.spacing_um)
+    voxels = np.asarray(voxels)
+    voxels = voxels.astype(np.int64) if voxels.dtype.kind == "i" else voxels
+    return Volume(_turned(voxels, voxels.max()), volume.spacing_um)
+
+
+def _turned(voxels: np.ndarray, highest) -> np.ndarray:
+    return ~voxels if voxels.dtype == bool else highest - voxels
 
 
 def place(tree: NeuronTree, box: Box, direction: int = 1) -> NeuronTree:
@@ -99,6 +191,24 @@ def placed_reviews(reviews: list[Review], tree: NeuronTree, box: Box) -> list[Re
     """The same for the places to review."""
     offset = _offset(tree, box)
     return [Review(r.kind, tuple(np.add(r.point, offset).tolist()), r.length, r.confidence) for r in reviews]
+
+
+def reviews_in(unit: str | None, reviews: list[Review], tree: NeuronTree) -> list[Review]:
+    """Places to review of `tree`, in another unit. Lengths, whose direction nobody knows, scale as radii do, by x."""
+    if unit in (tree.unit, None):
+        return reviews
+    step = np.array(tree.spacing_um) if unit == "um" else 1 / np.array(tree.spacing_um)
+    return [replace(r, point=tuple((np.array(r.point) * step).tolist()), length=r.length * step[2]) for r in reviews]
+
+
+def swc_files(tree: NeuronTree, path: Path, forest: bool) -> Iterator[tuple[Path, NeuronTree]]:
+    """The SWC `path`, or with `forest` one per tree: `NAME_1.swc` with most cable, `NAME_2.swc`, ..."""
+    if not forest:
+        yield path, tree
+        return
+    trees = sorted(tree.split(), key=lambda part: -part.cable_length) or [tree]
+    for number, part in enumerate(trees, start=1):
+        yield path.with_name(f"{path.stem}_{number}{path.suffix}"), part
 
 
 def write_review(reviews: list[Review], path: Path, unit: str | None) -> None:
@@ -114,15 +224,16 @@ def write_review(reviews: list[Review], path: Path, unit: str | None) -> None:
 
 
 def find_stacks(path: Path) -> dict[str, Path]:
-    """The stack itself, or the stacks of a folder, by the name of what comes of them.
+    """The stack itself (a file, a store, a URL, a folder of slices), or a folder's, by the name of what comes of them.
 
     Hidden files and the tool's own probabilities are passed over. Stacks that differ only in their suffix keep
     it in the name. FileNotFoundError: nothing there, or no stack in the folder.
     """
-    if not path.exists():
+    if not is_url(path) and not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
-    if not path.is_dir():
-        return {path.stem: path}
+    if is_stack(path):
+        stores = [place for place in (path, *path.parents) if place.suffix == ".zarr"]  # a level is named by its store
+        return {(stores[-1] if stores else path).stem: path}
     files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
     stacks = [p for p in files if not p.stem.endswith("_probability")]
     if not stacks:
@@ -131,8 +242,8 @@ def find_stacks(path: Path) -> dict[str, Path]:
     return {p.stem if stems.count(p.stem) == 1 else p.name: p for p in stacks}
 
 
-def _check_mask(mask: np.ndarray, volume: Volume) -> None:
-    if mask.shape != volume.shape:
+def _check_mask(mask, volume: Volume) -> None:
+    if tuple(mask.shape) != volume.shape:
         raise ValueError(f"The mask has shape {mask.shape}, the stack {volume.shape}; they must be equal (Z, Y, X).")
 
 

@@ -1,0 +1,74 @@
+"""What a run may hold in memory: the write box that fits, and the refusal of what does not."""
+
+import os
+import re
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .block_store import CHUNK, Layout
+from .model.blocks_vit3d import Block
+from .model.image_processing_vit3d import ViT3DImageProcessor
+from .model.inference_vit3d import TOKENS_PER_BATCH, predict_batch
+from .model.intensity_vit3d import IntensityStatistics
+from .volume import Volume
+
+BOXES = ((256, 1024, 1024), (256, 512, 512), (128, 512, 512), (128, 384, 384), (128, 256, 256), (64, 128, 128))
+_ALLOWANCE_BYTES = 2**29  # Python, torch and a batch's activations, where the box is chosen
+
+
+def choose_layout(model, volume: Volume, memory_bytes: int, box: tuple[int, int, int] | None = None) -> Layout:
+    """The write box asked for, or the largest that should fit into memory; no larger than the volume."""
+    whole = [-(-n // c) * c for n, c in zip(volume.shape, CHUNK, strict=True)]
+    wanted = [box] if box else BOXES
+    layouts = [Layout(volume.shape, tuple(map(min, size, whole)), volume.spacing_um) for size in wanted]
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    free = memory_bytes - _ALLOWANCE_BYTES - weights
+    return next((fit for fit in layouts if working_bytes(fit, model.config, volume) <= free), layouts[-1])
+
+
+def working_bytes(layout: Layout, config, volume: Volume) -> int:
+    """Most memory that the boxes under way take: two that were read, one mask, two that were computed."""
+    reach = [2 * (window - 1) + 2 * 3 * cell for window, cell in zip(config.volume_size, (4, 16, 16), strict=True)]
+    read = np.prod([min(b + r, n) for b, r, n in zip(layout.box, reach, layout.shape, strict=True)], dtype=float)
+    chunks = getattr(volume.voxels, "chunks", None) or (1, 1, 1)
+    itemsize = np.dtype(volume.voxels.dtype).itemsize
+    decoding = 2 * (os.cpu_count() or 1) * float(np.prod(chunks, dtype=float)) * itemsize
+    return int(read * (2 * itemsize + 1) + 2 * 4 * np.prod(layout.box, dtype=float) + decoding)
+
+
+def check_memory(layout: Layout, model, volume: Volume, statistics: IntensityStatistics, memory_bytes: int) -> None:
+    """Run one full batch, which also warms the network up, and refuse what will not fit."""
+    config = model.config
+    try:
+        _trial(model, volume, statistics)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"One batch of windows does not fit on {model.device}: {error}") from error
+    base, working = peak_bytes(), working_bytes(layout, config, volume)
+    if base + working > memory_bytes:
+        raise ValueError(
+            f"A write box of {layout.box} voxels needs {working / 2**30:.2f} GiB beside {base / 2**30:.2f} GiB for the "
+            f"network, more than the memory budget of {memory_bytes / 2**30:.2f} GiB; allow more, or choose a "
+            "smaller box for a new store."
+        )
+
+
+def _trial(model, volume: Volume, statistics: IntensityStatistics) -> None:
+    config = model.config
+    count = max(1, TOKENS_PER_BATCH // int(np.prod(config.grid_size)))
+    window, grid = Block((0, 0, 0), config.volume_size), np.ones(config.grid_size, dtype=bool)
+    grid[0, 0, 0] = False  # the selecting path takes more memory than the dense one
+    voxels = np.zeros(config.volume_size, dtype=volume.voxels.dtype)
+    predict_batch(model, voxels, [(window, window, grid)] * count, ViT3DImageProcessor.from_config(config), statistics)
+
+
+def peak_bytes() -> int:
+    """Most memory this process has had. Linux also counts what its parent had into `ru_maxrss`, hence not that."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status).group(1))
+    except (OSError, AttributeError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

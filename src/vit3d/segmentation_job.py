@@ -1,0 +1,71 @@
+"""`vit3d segment IN OUT.zarr`: from names to a store, and what is wrong with a store. Bad input ends here, at once."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .block_store import BlockStore, partial_path
+from .checkpoint import DEFAULT_MODEL, load_checkpoint
+from .out_of_core import Outcome, RunOptions, segment_store
+from .volume import open_volume
+
+
+def segment_path(
+    source: str,
+    out: Path,
+    *,
+    model: str = DEFAULT_MODEL,
+    polarity: str = "auto",
+    device: str = "auto",
+    options: RunOptions | None = None,
+    **reading,
+) -> Outcome:
+    """`segment_store` for a path or URL and the name of a checkpoint; `reading` goes to `open_volume`.
+
+    Whatever would stop it later is refused before the network is loaded.
+    """
+    options = options or RunOptions()
+    check_output(out)
+    _check_apart(source, out)
+    volume = open_volume(source, **reading)
+    if device == "auto" and torch.cuda.is_available():
+        device = f"cuda:{options.local_rank % torch.cuda.device_count()}"
+    network, processor = load_checkpoint(model, device, polarity)
+    return segment_store(network, volume, out, processor=processor, options=options)
+
+
+def check_output(out: Path) -> None:
+    """Refuse, before work, a place where no store can grow."""
+    if out.suffix != ".zarr":
+        raise ValueError(f"A volume on disk is segmented into a store named OUT.zarr, got {out}.")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"The folder {out.parent} does not exist; make it first.")
+    nearest = next((place for place in (out, partial_path(out)) if place.exists()), out.parent)
+    if not os.access(nearest, os.W_OK) or not os.access(out.parent, os.W_OK):
+        raise ValueError(f"There is no permission to write {nearest}; choose another place for the output.")
+
+
+def _check_apart(source: str, out: Path) -> None:
+    """Input and output are different stores, neither inside the other."""
+    if "://" in source:
+        return
+    first = Path(source).resolve()
+    for second in (out.resolve(), partial_path(out).resolve()):
+        if first == second or first in second.parents or second in first.parents:
+            raise ValueError(
+                f"Input {source} and output {out} are the same store; the output needs a place of its own."
+            )
+
+
+def damage_report(out: Path, progress: Callable = iter) -> list[str]:
+    """One line per damaged or missing file of a finished (or growing) store; none when it is whole."""
+    folder = out if out.exists() else partial_path(out)
+    if not folder.exists():
+        raise FileNotFoundError(f"{out} does not exist, and neither does {partial_path(out).name}.")
+    store = BlockStore(folder)
+    checked = ((index, damage) for index, damage in progress(store.verify()) if damage)
+    lines = [f"{folder / store.file_of(index)} {damage}" for index, damage in checked]
+    metadata = store.metadata_damage()
+    return lines + ([f"{folder / '0' / 'zarr.json'} {metadata}"] if metadata else [])

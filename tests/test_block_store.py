@@ -1,0 +1,242 @@
+"""A store that grows box by box never lies about what it holds; leases tell the living from the dead."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from numpy.testing import assert_array_equal
+
+from vit3d.block_store import BlockStore, Layout, create, differences, partial_path
+from vit3d.leases import Leases
+
+LAYOUT = Layout((100, 110, 90), (64, 64, 64), (1.0, 0.3, 0.3))
+MANIFEST = {"identity": {}}
+
+
+def noise(layout: Layout = LAYOUT) -> np.ndarray:
+    voxels = np.random.default_rng(0).random(layout.shape).astype(np.float32)
+    voxels[voxels < 0.8] = 0
+    voxels[:64, :64, :64] = 0  # the first box is empty
+    return voxels
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """A growing store, all boxes written."""
+    out = tmp_path_factory.mktemp("store") / "out.zarr"
+    store, voxels = create(out, LAYOUT, MANIFEST), noise()
+    for index in LAYOUT.indices():
+        store.write(index, voxels[LAYOUT.box_of(index)].copy())
+    return store.folder
+
+
+@pytest.fixture
+def store(written, tmp_path) -> BlockStore:
+    return BlockStore(Path(shutil.copytree(written, tmp_path / "out.zarr.partial")))
+
+
+def test_what_was_written_is_read_by_zarr_to_the_precision_of_float16(store, tmp_path):
+    out = tmp_path / "out.zarr"
+    store.finish(out)
+    array = zarr.open_array(out / "0", mode="r")
+    assert_array_equal(array[...], noise().astype(np.float16).astype(np.float32))
+    assert array.shards == LAYOUT.box
+    metadata = zarr.open_group(out, mode="r").attrs["ome"]["multiscales"][0]
+    assert [axis["name"] for axis in metadata["axes"]] == ["z", "y", "x"]
+    assert {axis["unit"] for axis in metadata["axes"]} == {"micrometer"}
+    assert metadata["datasets"][0]["coordinateTransformations"] == [{"type": "scale", "scale": [1.0, 0.3, 0.3]}]
+    assert not partial_path(out).exists()
+
+
+def test_every_box_has_a_file_and_an_empty_one_a_small_file(store):
+    sizes = {index: (store.folder / store.file_of(index)).stat().st_size for index in LAYOUT.indices()}
+    assert len(sizes) == 8
+    assert sizes[0, 0, 0] < 200 < min(size for index, size in sizes.items() if any(index))
+
+
+def test_writing_again_and_writing_zeros_or_nothing_changes_no_byte(store):
+    def data(index):
+        return (store.folder / store.file_of(index)).read_bytes()
+
+    before = {index: data(index) for index in LAYOUT.indices()}
+    for index in LAYOUT.indices():
+        store.write(index, noise()[LAYOUT.box_of(index)])
+    store.write((0, 0, 0), None)
+    assert before == {index: data(index) for index in LAYOUT.indices()}
+
+
+def test_every_chunk_carries_a_checksum(store):
+    path = store.folder / store.file_of((1, 1, 1))
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    array = zarr.open_array(store.folder / "0", mode="r")
+    with pytest.raises(ValueError, match="checksum"):
+        array[64:, 64:, 64:]
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def lengthen(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"\0")
+
+
+@pytest.mark.parametrize(
+    "harm, said",
+    [(flip, "other bytes"), (truncate, "bytes instead of"), (lengthen, "bytes instead of"), (Path.unlink, "missing")],
+)
+@pytest.mark.parametrize("harmed", [(0, 0, 0), (1, 0, 1)])
+def test_every_damage_is_named_and_nothing_else(store, harm, said, harmed):
+    harm(store.folder / store.file_of(harmed))
+    damage = {index: what for index, what in store.verify() if what}
+    assert set(damage) == {harmed}
+    assert said in damage[harmed]
+
+
+@pytest.mark.parametrize("harm", [flip, truncate, Path.unlink])
+def test_a_damaged_record_is_no_record(store, harm):
+    record = store.folder / "0/.vit3d/done/1.1.0.json"
+    harm(record)
+    assert [index for index, what in store.verify() if what] == [(1, 1, 0)]
+
+
+def test_damaged_metadata_are_put_right(store):
+    path = store.folder / "0/zarr.json"
+    whole = path.read_text()
+    assert store.metadata_damage() is None
+    for harm in (flip, Path.unlink):
+        harm(path)
+        assert store.metadata_damage()
+        store.repair_metadata()
+        assert path.read_text() == whole
+
+
+def test_the_second_to_create_gets_the_firsts_store(tmp_path):
+    out = tmp_path / "out.zarr"
+    (tmp_path / ".out.zarr.left-by-the-dead" / "0").mkdir(parents=True)
+    first = create(out, LAYOUT, MANIFEST)
+    first.write((0, 0, 0), None)
+    second = create(out, LAYOUT, {"identity": {"other": 1}})
+    assert second.manifest == first.manifest
+    assert second.num_done() == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out.zarr.partial"]
+
+
+def test_a_store_that_has_its_name_is_not_begun_again_by_a_late_writer(store, tmp_path):
+    late = BlockStore(store.folder)
+    (store.folder / "0/c/0/0/.5.left-by-the-dead").write_text("half a shard")
+    store.finish(tmp_path / "out.zarr")
+    with pytest.raises(FileNotFoundError):
+        late.write((0, 0, 1), noise()[LAYOUT.box_of((0, 0, 1))])
+    assert [path.name for path in tmp_path.iterdir()] == ["out.zarr"]
+    assert not [path for path in (tmp_path / "out.zarr").rglob(".*") if path.name != ".vit3d"]
+
+
+def test_what_is_no_store_is_said_to_be_none(tmp_path):
+    (tmp_path / "other.zarr").mkdir()
+    with pytest.raises(ValueError, match="no store that `vit3d segment` wrote"):
+        BlockStore(tmp_path / "other.zarr")
+
+
+def test_a_box_that_is_no_multiple_of_the_chunk_is_refused():
+    with pytest.raises(ValueError, match="multiple of the chunk"):
+        Layout((100, 100, 100), (64, 100, 64))
+
+
+def test_differences_name_both_values():
+    assert differences({"a": {"b": 1, "c": (1, 2)}, "d": 3}, {"a": {"b": 2, "c": [1, 2]}}) == [
+        "a.b was 1 and is now 2",
+        "d was 3 and is now None",
+    ]
+
+
+# ---------------------------------------------------------------- leases
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from vit3d.leases import Leases
+with Leases(Path(sys.argv[1])) as leases:
+    print(leases.claim("box"), flush=True)
+    time.sleep(60)
+"""
+
+
+def claim_in_a_process(folder: Path) -> subprocess.Popen:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "True\n"
+    return process
+
+
+def test_a_lease_has_one_holder_and_is_free_after_its_release(tmp_path):
+    with Leases(tmp_path) as first, Leases(tmp_path) as second:
+        assert first.claim("box")
+        assert not second.claim("box")
+        assert not first.claim("box")
+        assert second.claim("other")
+        first.release("box")
+        assert second.claim("box")
+        first.release("box")  # not its own any more
+        assert not first.claim("box")
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_many_who_claim_at_once_one_gets_it(tmp_path):
+    got, barrier = [], threading.Barrier(8)
+    everybody = [Leases(tmp_path) for _ in range(8)]
+
+    def claim(leases):
+        barrier.wait()
+        got.append(leases.claim("box"))
+
+    threads = [threading.Thread(target=claim, args=(leases,)) for leases in everybody]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(got) == [False] * 7 + [True]
+
+
+def test_the_lease_of_a_killed_process_is_free_at_once(tmp_path):
+    process = claim_in_a_process(tmp_path)
+    with Leases(tmp_path) as leases:
+        assert not leases.claim("box")
+        process.kill()
+        process.wait()
+        assert leases.claim("box")
+
+
+def test_the_process_of_another_machine_counts_as_dead_when_it_falls_silent(tmp_path):
+    with Leases(tmp_path, expiry_s=1000) as leases:
+        assert leases.claim("box")
+        owner = json.loads((tmp_path / "box").read_text())
+        leases.release("box")
+        (tmp_path / "box").write_text(json.dumps({**owner, "machine": "elsewhere", "pid": 2**22 + 1}))
+        assert not leases.claim("box")
+        os.utime(tmp_path / "box", (time.time() - 1001,) * 2)
+        assert leases.claim("box")
+
+
+def test_a_held_lease_is_kept_alive(tmp_path):
+    with Leases(tmp_path, expiry_s=0.6) as leases, Leases(tmp_path, expiry_s=0.6) as other:
+        assert leases.claim("box")
+        for _ in range(8):
+            time.sleep(0.15)
+            assert not other.claim("box")
