@@ -301,9 +301,9 @@ def test_what_cannot_be_written_is_refused_before_the_work(vit3d, tmp_path, chec
     assert_refused(vit3d("reconstruct", path, "--out", taken / "deeper", *model), "a.tif is a file")
     assert_refused(vit3d("demo", "--out", taken), "a.tif is a file")
     assert_refused(vit3d("trace", path, taken), "must end in .swc")
-    assert_refused(vit3d("trace", path, tmp_path / "none" / "a.swc"), "does not exist; make it")
+    assert_refused(vit3d("trace", path, taken / "deeper" / "a.swc"), "a.tif is a file")
     assert_refused(vit3d("segment", path, tmp_path / "p.swc", *model), "must end in .tif")
-    assert_refused(vit3d("simulate", tmp_path / "none" / "s.tif"), "does not exist; make it")
+    assert_refused(vit3d("simulate", taken / "s.tif"), "a.tif is a file")
     assert_refused(vit3d("simulate", tmp_path / "s.png"), "must end in .tif")
     assert_refused(vit3d("convert", swc, tmp_path), "must end in .swc")
     assert_refused(vit3d("score", swc, swc, "--plot", tmp_path / "d.jpg"), "must end in .png")
@@ -311,12 +311,108 @@ def test_what_cannot_be_written_is_refused_before_the_work(vit3d, tmp_path, chec
     assert path.read_bytes() == content
 
 
-@pytest.mark.parametrize("words", [("bogus",), ("score",), ("trace", "--seed"), ("simulate", "s.tif", "--seed", "x")])
-def test_a_command_spelled_wrongly_exits_with_status_2(vit3d, words):
-    status, _, said = vit3d(*words)
-    assert status == 2
-    assert "Usage" in said
-    assert "Traceback" not in said
+def test_a_folder_that_is_missing_is_made_by_every_command_that_writes(vit3d, tmp_path, checkpoint):
+    path, swc = written(tmp_path / "a.tif"), line_swc(tmp_path / "a.swc")
+    out = tmp_path / "out"
+    model = ("--model", checkpoint)
+    for number, words in enumerate(
+        [
+            ("trace", path, "t.swc"),
+            ("segment", path, "p.tif", *model),
+            ("convert", swc, "c.swc"),
+            ("score", swc, swc, "--plot", "d.png"),
+            ("simulate", "s.tif", "--shape", "8,32,32"),
+            ("reconstruct", path, *model, "--out", ""),
+        ]
+    ):
+        folder = out / str(number) / "deeper"
+        written_by = [
+            folder / word if word in ("t.swc", "p.tif", "c.swc", "d.png", "s.tif", "") else word for word in words
+        ]
+        status, _, said = vit3d(*written_by)
+        assert status == 0, said
+        assert files(folder), words
+
+
+def test_a_folder_is_made_after_the_work_and_not_by_a_command_that_fails(vit3d, tmp_path):
+    full = written(tmp_path / "a.tif", np.ones((6, 8, 8), np.uint8))
+    assert_refused(vit3d("trace", full, tmp_path / "out" / "a.swc"), "fraction")
+    assert files(tmp_path) == {"a.tif"}
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (("bogus",), "^vit3d: No such command 'bogus'; `vit3d --help` shows what it takes.$"),
+        (("score",), "^vit3d: Missing argument .*; `vit3d score --help` shows what it takes.$"),
+        (("trace", "--bogus"), "^vit3d: No such option: --bogus; `vit3d trace --help` shows what it takes.$"),
+        (("simulate", "s.tif", "--seed", "x"), "^vit3d: Invalid value for '--seed': .*`vit3d simulate --help`"),
+        (("simulate", "s.tif", "--seed"), "^vit3d: .*'--seed' requires an argument; `vit3d --help`"),
+    ],
+)
+def test_a_command_spelled_wrongly_is_told_in_one_sentence(vit3d, words, sentence):
+    result = vit3d(*words)
+    assert_refused(result, sentence)
+    assert len(result[2].splitlines()) == 1
+    assert result[1] == ""
+
+
+def test_without_words_the_commands_are_listed(vit3d):
+    _, printed, said = vit3d()
+    assert "reconstruct" in printed + said
+    assert "vit3d: " not in said
+
+
+def test_the_version_is_said(vit3d):
+    from vit3d import __version__
+
+    status, printed, said = vit3d("--version")
+    assert (status, printed, said) == (0, f"vit3d {__version__}\n", "")
+    assert f'version = "{__version__}"' in (Path(__file__).parents[1] / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize("shape", ["1,2,3", "7,32,32", "8,31,32", "8,32,31", "8.5,32,32", "64,256", "0,32,32"])
+def test_a_stack_too_small_to_hold_a_neuron_is_not_simulated(vit3d, tmp_path, shape):
+    assert_refused(vit3d("simulate", tmp_path / "s.tif", "--shape", shape), "--shape takes (whole|three)")
+    assert files(tmp_path) == set()
+
+
+def test_the_smallest_stack_holds_a_neuron(vit3d, tmp_path):
+    assert vit3d("simulate", tmp_path / "s.tif", "--shape", "8,32,32")[0] == 0
+    assert read_swc(tmp_path / "s.swc").cable_length > 5
+
+
+def test_trees_in_different_units_are_not_measured_in_one_table(vit3d, tmp_path):
+    um, other = line_swc(tmp_path / "a.swc"), tmp_path / "b.swc"
+    assert vit3d("convert", um, other, "--swc-unit", "voxel")[0] == 0
+    silent = raw_bytes(tmp_path / "c.swc", b"1 3 0 0 0 1 -1\n2 3 5 0 0 1 1\n")
+    both = vit3d("measure", um, other)
+    assert_refused(
+        both, r"different units \(a.swc um, b.swc voxel\): bring them to one with `vit3d convert --swc-unit`\.$"
+    )
+    assert both[1] == ""
+    assert_refused(vit3d("measure", um, silent), r"c.swc unstated\).*, or state what they do not say with --unit\.$")
+    status, printed, _ = vit3d("measure", um, silent, "--unit", "um")
+    assert (status, len(printed.splitlines())) == (0, 3)
+
+
+def test_the_help_tells_every_unit_flag_and_every_default_apart(vit3d, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # one line per flag
+
+    def told(command, flag):
+        lines = vit3d(command, "--help")[1].splitlines()
+        first = next(number for number, line in enumerate(lines) if re.search(rf"│.* {flag} ", line))
+        return " ".join(" ".join(lines[first : first + 3]).split())
+
+    assert "Unit of the SWC that is read" in told("measure", "--unit")
+    assert "Unit of the SWC that is written" in told("trace", "--swc-unit")
+    assert "Unit of OUT.swc" in told("convert", "--swc-unit")
+    assert "Unit of the predicted SWC" in told("score", "--predicted-unit")
+    assert "Unit of the gold SWC" in told("score", "--gold-unit")
+    assert "to go between um and voxel" in told("convert", "--spacing")
+    assert "default 0 um" in told("trace", "--min-branch-um")
+    assert "default 10 voxels in plane" in told("trace", "--max-gap-um")
+    assert "default about a voxel" in told("trace", "--step-um")
 
 
 # ------------------------------------------------------------ trace

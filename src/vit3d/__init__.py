@@ -13,6 +13,7 @@ _HOMES = {
     "ViT3DForNeuronSegmentation": "model.modeling_vit3d",
     "ViT3DImageProcessor": "model.image_processing_vit3d",
     "Volume": "volume",
+    "open_volume": "volume",
     "read_volume": "volume",
     "write_volume": "volume",
     "NeuronTree": "tree",
@@ -24,6 +25,7 @@ _HOMES = {
     "score_masks": "scoring",
     "simulate_neuron": "simulate",
     "BigNeuron": "bigneuron",
+    "load_bigneuron": "bigneuron",
 }
 
 __all__ = sorted(_HOMES)

@@ -2,18 +2,18 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from .tree import UNITS, NeuronTree, read_swc
-from .volume import SUFFIXES, Volume, read_volume
+from .volume import SUFFIXES, Volume, is_stack, loaded, open_volume, read_volume
 
 SWC_SUFFIXES = (".swc", ".eswc")
 Box = tuple[slice, slice, slice]
 
 _LARGE_UM = 100.0  # no light microscope samples a neuron this coarsely
+_SMALLEST_SHAPE = (8, 32, 32)
 
 
 # --- files that are read ---
@@ -22,18 +22,34 @@ _LARGE_UM = 100.0  # no light microscope samples a neuron this coarsely
 def read_stack(path: Path, spacing: str | None, channel: int | None = None, *, notice: bool = True) -> Volume:
     """A stack; with `notice`, one warning when nobody has stated its voxel size, or when it is a strange one."""
     volume = read_volume(path, spacing_um=triple(spacing, "--spacing"), channel=channel)
-    if notice and volume.spacing_um and max(volume.spacing_um) > _LARGE_UM:
-        warnings.warn(f"{path.name} has voxels of {volume.spacing_um} um (z, y, x); are they nm?", stacklevel=2)
-    if notice and volume.spacing_um is None:
-        warnings.warn(
-            f"{path.name} states no voxel size: everything is in voxels; --spacing Z,Y,X gives um.",
-            stacklevel=2,
-        )
+    if notice:
+        notice_spacing(path, volume)
     return volume
 
 
-def read_mask(path: Path | None) -> np.ndarray | None:
-    return None if path is None else read_volume(path).voxels
+def open_stack(
+    path: Path, spacing: str | None, channel: int | None, level: str | None, fits: Callable[[Volume], bool]
+) -> Volume:
+    """A stack, with the warnings of `read_stack`: in memory where it `fits`, else its voxels stay on disk."""
+    volume = open_volume(path, spacing_um=triple(spacing, "--spacing"), channel=channel, level=level)
+    volume = loaded(volume, path) if fits(volume) else volume
+    notice_spacing(path, volume)
+    return volume
+
+
+def notice_spacing(path: Path, volume: Volume) -> None:
+    if volume.spacing_um and max(volume.spacing_um) > _LARGE_UM:
+        warnings.warn(f"{path.name} has voxels of {volume.spacing_um} um (z, y, x); are they nm?", stacklevel=3)
+    if volume.spacing_um is None:
+        warnings.warn(
+            f"{path.name} states no voxel size: everything is in voxels; --spacing Z,Y,X gives um.",
+            stacklevel=3,
+        )
+
+
+def open_mask(path: Path | None):
+    """The voxels of a mask, which stay on disk."""
+    return None if path is None else open_volume(path).voxels
 
 
 def read_trees(predicted: Path, gold: Path, predicted_unit, gold_unit, spacing: str | None) -> tuple[NeuronTree, ...]:
@@ -46,8 +62,24 @@ def read_trees(predicted: Path, gold: Path, predicted_unit, gold_unit, spacing: 
     return tuple(replace(tree, spacing_um=tree.spacing_um or size) for tree in trees)
 
 
+def refuse_mixed_units(trees: dict[Path, NeuronTree]) -> None:
+    """ValueError unless all trees are in one unit: a column of a table has one."""
+    units = {tree.unit for tree in trees.values()}
+    if len(units) > 1:
+        said = ", ".join(f"{path.name} {tree.unit or 'unstated'}" for path, tree in trees.items())
+        raise ValueError(
+            f"The files are in different units ({said}): bring them to one with `vit3d convert --swc-unit`"
+            f"{', or state what they do not say with --unit' * (None in units)}."
+        )
+
+
 def is_swc(path: Path) -> bool:
     return path.suffix.lower() in SWC_SUFFIXES
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a path holds several files to work on; a Zarr store and a folder of z-slices are one stack."""
+    return path.is_dir() and not is_stack(path)
 
 
 def pairs(predicted: Path, gold: Path) -> list[tuple[str, Path, Path]]:
@@ -55,9 +87,9 @@ def pairs(predicted: Path, gold: Path) -> list[tuple[str, Path, Path]]:
 
     What has no partner is named in a warning, so that nobody takes the mean of some for the mean of all.
     """
-    if not predicted.is_dir():
+    if not is_folder(predicted):
         return [(predicted.stem, predicted, gold)]
-    if not gold.is_dir():
+    if not is_folder(gold):
         raise ValueError(f"{predicted} is a folder, {gold} is none; folders are scored against folders.")
     for suffixes in (SWC_SUFFIXES, SUFFIXES):
         first, second = (by_stem(folder, suffixes) for folder in (predicted, gold))
@@ -76,7 +108,7 @@ def by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
 
 def stack_named(place: Path | None, name: str) -> Path | None:
     """The stack itself, or the one of this name in a folder."""
-    if place is None or not place.is_dir():
+    if place is None or not is_folder(place):
         return place
     stacks = by_stem(place, SUFFIXES)
     if name not in stacks:
@@ -93,8 +125,13 @@ def new_file(path: Path, *suffixes: str) -> Path:
         raise ValueError(f"The name of what is written must end in {' or '.join(suffixes)}, got {path}.")
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the name of a file.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"The folder {path.parent} does not exist; make it first.")
+    new_folder(path.parent)
+    return path
+
+
+def make_room(path: Path) -> Path:
+    """`path`, its folder made: after the work, so that a command that fails leaves nothing behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
@@ -107,6 +144,26 @@ def new_folder(path: Path) -> Path:
 
 
 # --- numbers and words ---
+
+
+def sentence(error: Exception) -> str:
+    """What the error says, on one line."""
+    if isinstance(error, MemoryError):
+        return f"there is not enough memory ({error}); crop the stack or use a larger machine."
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}."
+    return " ".join(str(error).split())
+
+
+def shape_of(text: str) -> tuple[int, int, int]:
+    """Z,Y,X in whole voxels, large enough to hold a neuron."""
+    size = triple(text, "--shape")
+    if any(value != int(value) for value in size) or any(
+        value < least for value, least in zip(size, _SMALLEST_SHAPE, strict=True)
+    ):
+        least = ",".join(map(str, _SMALLEST_SHAPE))
+        raise ValueError(f"--shape takes whole voxels Z,Y,X, at least {least} to hold a neuron, got {text!r}.")
+    return tuple(int(value) for value in size)
 
 
 def triple(text: str | None, flag: str) -> tuple[float, float, float] | None:
@@ -202,3 +259,19 @@ def flip_of(text: str) -> tuple[int, float]:
     if axis not in ("x", "y", "z") or not last:
         raise ValueError(f"--flip takes AXIS:LAST such as y:511, got {text!r}.")
     return "zyx".index(axis), number(last, "--flip AXIS:LAST")
+
+
+def write_box_of(text: str | None) -> tuple[int, int, int] | None:
+    """Z,Y,X in whole chunks of a store."""
+    size = triple(text, "--box")
+    if size is not None and any(value % 64 for value in size):
+        raise ValueError(f"--box takes multiples of 64 voxels Z,Y,X, got {text!r}.")
+    return None if size is None else tuple(int(value) for value in size)
+
+
+def launched(environment) -> dict[str, int]:
+    """Which of how many processes this is, as torchrun, Accelerate or SLURM say it; alone where nobody does."""
+    names = (("rank", "RANK", "SLURM_PROCID"), ("ranks", "WORLD_SIZE", "SLURM_NTASKS"))
+    names += (("local_rank", "LOCAL_RANK", "SLURM_LOCALID"),)
+    alone = {"rank": 0, "ranks": 1, "local_rank": 0}
+    return {key: int(environment.get(own, environment.get(slurm, alone[key]))) for key, own, slurm in names}

@@ -78,8 +78,13 @@ def _checked_device(device: str) -> str:
 
 
 def preferred_dtype(device: str | torch.device) -> torch.dtype:
-    """bf16 where the hardware multiplies it (GPUs since Ampere, CPUs with AMX), else fp32."""
+    """bf16 where the hardware multiplies it (GPUs since Ampere, CPUs with AMX or AVX512-BF16), else fp32.
+
+    A CPU that only converts bf16 emulates the product, many times slower than fp32: what torch does not name is
+    taken for such a CPU.
+    """
     if torch.device(device).type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return torch.bfloat16 if amx() else torch.float32
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch we accept
+    multiplies = any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+    return torch.bfloat16 if multiplies else torch.float32

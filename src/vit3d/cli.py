@@ -9,26 +9,36 @@ from typing import Annotated
 
 import typer
 
+from . import __version__
 from .arguments import (
     box_of,
     factors_of,
     flip_of,
+    is_folder,
     is_swc,
+    launched,
+    make_room,
     new_file,
     new_folder,
+    open_mask,
+    open_stack,
     pairs,
-    read_mask,
     read_stack,
     read_trees,
+    refuse_mixed_units,
     root_of,
+    sentence,
+    shape_of,
     stack_named,
     threshold_of,
     to_unit,
     triple,
     unit_of,
+    write_box_of,
 )
 from .tables import as_json_text, as_table, summary
 
+_UsageError = typer.BadParameter.__base__  # what a wrongly spelled command raises
 MAIN_SCORES = ("precision", "recall", "f1", "esa", "dsa", "pds")
 
 app = typer.Typer(
@@ -48,12 +58,41 @@ Crop = Annotated[
     str | None, typer.Option(help="Box z0:z1,y0:y1,x0:x1 in voxels; the SWC keeps full-stack coordinates.")
 ]
 Mask = Annotated[Path | None, typer.Option(help="Image of the same shape; nothing is traced where it is 0.")]
-MaxGap = Annotated[float | None, typer.Option(help="Longest gap that is bridged; default 10 voxels in plane.")]
-Forest = Annotated[bool, typer.Option(help="Keep what cannot be joined as trees of its own.")]
-SwcUnit = Annotated[str | None, typer.Option(help="um or voxel; default um where the voxel size is known.")]
-Unit = Annotated[str | None, typer.Option(help="um or voxel, for an SWC that does not say it.")]
-PredictedUnit = Annotated[str | None, typer.Option(help="um or voxel, for an SWC that does not say it.")]
-GoldUnit = Annotated[str | None, typer.Option(help="um or voxel, for an SWC that does not say it.")]
+MaxGap = Annotated[float | None, typer.Option(help="Longest gap that is bridged, in um; default 10 voxels in plane.")]
+Forest = Annotated[
+    bool, typer.Option(help="Keep what cannot be joined as trees of its own, an SWC each: NAME_1.swc, NAME_2.swc, ...")
+]
+Level = Annotated[
+    str | None,
+    typer.Option(help="Level of a multiscale OME-Zarr: its name, or a spacing it shall not exceed, as 2um or 2,1,1um."),
+]
+MemoryBudget = Annotated[
+    float, typer.Option(help="GiB that this process may use; a larger stack is worked on box by box, on disk.")
+]
+SwcUnit = Annotated[
+    str | None,
+    typer.Option(help="Unit of the SWC that is written: um or voxel; default um where the voxel size is known."),
+]
+Unit = Annotated[str | None, typer.Option(help="Unit of the SWC that is read, where it does not say it: um or voxel.")]
+PredictedUnit = Annotated[
+    str | None, typer.Option(help="Unit of the predicted SWC, where it does not say it: um or voxel.")
+]
+GoldUnit = Annotated[str | None, typer.Option(help="Unit of the gold SWC, where it does not say it: um or voxel.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vit3d {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def vit3d(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Say the version.")
+    ] = False,
+):
+    """Turn a light-microscopy stack of a neuron into its tree (SWC)."""
 
 
 @app.command()
@@ -84,13 +123,16 @@ def demo(
 
 @app.command()
 def reconstruct(
-    stack: Annotated[Path, typer.Argument(help="A stack, or a folder of stacks.")],
+    stack: Annotated[
+        Path, typer.Argument(help="A stack, a folder of stacks or of z-slices, or the URL of a Zarr store.")
+    ],
     out: Annotated[
-        Path, typer.Option(help="Folder for NAME.swc, NAME_probability.tif, NAME.png, NAME_review.csv.")
+        Path, typer.Option(help="Folder for NAME.swc, NAME_probability.tif (or .zarr), NAME.png, NAME_review.csv.")
     ] = Path("."),
     model: Model = "vit3d-tiny",
     spacing: Spacing = None,
     channel: Channel = None,
+    level: Level = None,
     polarity: Polarity = "auto",
     device: Device = "auto",
     threshold: Threshold = "auto",
@@ -100,33 +142,59 @@ def reconstruct(
     forest: Forest = False,
     swc_unit: SwcUnit = None,
     select: Annotated[bool, typer.Option(help="Leave out patches that hold only background.")] = True,
+    memory_budget: MemoryBudget = 4.0,
+    out_of_core: Annotated[
+        bool | None, typer.Option("--out-of-core/--in-memory", help="Box by box or not; default: what fits the budget.")
+    ] = None,
 ):
-    """Stack in; tree, probability and picture out: the main job. A folder gives one table; failures are listed."""
-    from .reconstruction import find_stacks
+    """Stack in; tree, probability and picture out: the main job. A folder gives one table; failures are listed.
+
+    What is larger than memory is computed into NAME_probability.zarr by as many processes as are started on it
+    (`torchrun --no-python vit3d reconstruct ...`, srun, or the same command several times). Started again, it goes on.
+    """
+    from .reconstruction import device_of, find_stacks, fits_in_memory, reconstruct_on_disk
     from .reconstruction import reconstruct as run
 
     stacks, out = find_stacks(stack), new_folder(out)
     for flag, value, parse in (("--spacing", spacing, triple), ("--swc-unit", swc_unit, unit_of)):
         parse(value, flag)  # what is wrong for all stacks is said once, and before the work
-    level, allowed = threshold_of(threshold), read_mask(mask)
+    cut, allowed = threshold_of(threshold), open_mask(mask)
+    process = {"memory_bytes": int(memory_budget * 2**30), **launched(os.environ)}
+
+    def on_disk(volume, box=None) -> bool:
+        """Whether a stack, or a box of it, is worked on where it lies."""
+        if out_of_core is not None:
+            return out_of_core
+        return process["ranks"] > 1 or not fits_in_memory(volume, process["memory_bytes"], box)
+
     from .checkpoint import load_checkpoint
 
-    network, processor = load_checkpoint(model, device, polarity)
+    network, processor = load_checkpoint(model, device_of(device, process["local_rank"]), polarity)
     rows, failures = [], []
     for name, path in stacks.items():
         try:
-            volume = read_stack(path, spacing, channel)
+            volume = open_stack(path, spacing, channel, level, lambda volume: not on_disk(volume))
             unit = unit_of(swc_unit, "--swc-unit", volume.spacing_um)
             box = box_of(crop, volume.shape)
-            options = {"box": box, "mask": allowed, "select": select}
-            tracing = {"threshold": level, "max_gap_um": max_gap_um, "forest": forest}
-            result = run(network, volume, processor=processor, **options, **tracing)
-            result.write(out, name, unit)
+            options = {"processor": processor, "box": box, "mask": allowed, "select": select}
+            options |= {"threshold": cut, "max_gap_um": max_gap_um, "forest": forest}
+            if on_disk(volume, box):
+                store = out / f"{name}_probability.zarr"
+                result = reconstruct_on_disk(network, volume, store, run=process, **options)
+            else:
+                result = run(network, volume, **options)
+            if result is None:
+                continue  # another process traces and writes it
+            result.write(out, name, unit, forest=forest)
             rows.append({"name": name, **summary(result.tree), "review": len(result.reviews)})
         except (ValueError, OSError, MemoryError) as error:
-            if not stack.is_dir():
+            if len(stacks) == 1 and path == stack:
                 raise
-            failures.append(f"{path.name} failed: {_sentence(error)}")
+            failures.append(f"{path.name} failed: {sentence(error)}")
+    _conclude(rows, failures, out)
+
+
+def _conclude(rows: list[dict], failures: list[str], out: Path) -> None:
     if rows:
         typer.echo(as_table(rows))
         typer.echo(f"SWC, probability, picture and the list of places to review are in {out}/.", err=True)
@@ -138,34 +206,84 @@ def reconstruct(
 
 @app.command()
 def segment(
-    stack: Annotated[Path, typer.Argument(help="A stack.")],
-    out: Annotated[Path, typer.Argument(help="The probability, a float32 TIFF.")],
+    stack: Annotated[str, typer.Argument(help="A stack; for OUT.zarr one of any size, or its URL.")],
+    out: Annotated[
+        Path | None,
+        typer.Argument(help="The probability: a float32 TIFF, or OUT.zarr, computed out of core and resumed."),
+    ] = None,
     model: Model = "vit3d-tiny",
     spacing: Spacing = None,
     channel: Channel = None,
     polarity: Polarity = "auto",
     device: Device = "auto",
-    crop: Crop = None,
+    crop: Annotated[
+        str | None,
+        typer.Option(help="OUT.tif: box z0:z1,y0:y1,x0:x1 in voxels to segment alone; OUT.tif is that box."),
+    ] = None,
+    level: Annotated[str | None, typer.Option(help="OUT.zarr: level of a multiscale input, by name.")] = None,
+    memory_budget: Annotated[float, typer.Option(help="OUT.zarr: GiB that this process may use.")] = 4.0,
+    box: Annotated[str | None, typer.Option(help="OUT.zarr: write box Z,Y,X, in multiples of 64.")] = None,
+    threads: Annotated[int | None, typer.Option(help="OUT.zarr: CPU threads of the network.")] = None,
+    missing_as_fill: Annotated[
+        bool, typer.Option("--missing-as-fill", help="OUT.zarr: the input leaves out empty chunks on purpose.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="OUT.zarr: go on with what another kind of machine began.")
+    ] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Only name what is damaged in the one store given.")] = False,
 ):
-    """Stack -> probability that each voxel belongs to a neurite."""
+    """Stack -> probability that each voxel belongs to a neurite.
+
+    OUT.zarr may be computed by many processes: `accelerate launch -m vit3d.segmentation IN.zarr OUT.zarr`, torchrun,
+    srun, or the same command started several times. Started again, it goes on; a finished store is verified, and what
+    was damaged since is computed again.
+    """
+    if verify:
+        return _verify(Path(stack))
+    if out is None:
+        raise ValueError("`vit3d segment` needs the name of what is written: STACK OUT.tif or STACK OUT.zarr.")
+    if out.suffix == ".zarr":
+        from .out_of_core import RunOptions
+        from .segmentation_job import segment_path
+
+        if crop is not None:
+            raise ValueError("--crop is for TIFF; a store is segmented as a whole.")
+        options = RunOptions(int(memory_budget * 2**30), write_box_of(box), threads, force, **launched(os.environ))
+        reading = {"spacing_um": triple(spacing, "--spacing"), "channel": channel, "level": level}
+        reading["missing_as_fill"] = missing_as_fill
+        outcome = segment_path(stack, out, model=model, polarity=polarity, device=device, options=options, **reading)
+        typer.echo(outcome.said())
+        return
     out = new_file(out, ".tif", ".tiff")
-    volume = read_stack(stack, spacing, channel)
-    box = box_of(crop, volume.shape)
+    volume = read_stack(Path(stack), spacing, channel)
+    part = box_of(crop, volume.shape)
     from .checkpoint import load_checkpoint
     from .segmentation import segment as run
     from .volume import write_volume
 
     network, processor = load_checkpoint(model, device, polarity)
     statistics = processor.measure(volume.voxels)
-    write_volume(run(network, volume.crop(box), processor=processor, statistics=statistics), out)
+    probability = run(network, volume.crop(part), processor=processor, statistics=statistics)
+    write_volume(probability, make_room(out))
+
+
+def _verify(store: Path) -> None:
+    """Exit status 1 when something is damaged: a script can ask."""
+    from .segmentation_job import damage_report
+
+    lines = damage_report(store)
+    typer.echo("\n".join(lines) or f"{store} is whole.")
+    if lines:
+        raise typer.Exit(1)
 
 
 @app.command()
 def trace(
-    probability: Annotated[Path, typer.Argument(help="A probability, a mask, or a raw stack.")],
+    probability: Annotated[Path, typer.Argument(help="A probability, a mask, or a raw stack, of any size.")],
     out: Annotated[Path, typer.Argument(help="The SWC; OUT_review.csv lists what to proofread first.")],
     spacing: Spacing = None,
     channel: Channel = None,
+    level: Level = None,
     polarity: Annotated[str, typer.Option(help="bright, or dark: neurites on a bright ground.")] = "bright",
     threshold: Threshold = "auto",
     crop: Crop = None,
@@ -174,36 +292,55 @@ def trace(
         str | None,
         typer.Option(help="Where the tree starts: X,Y,Z in voxels from 0, or a Vaa3D .marker file."),
     ] = None,
-    min_branch_um: Annotated[float | None, typer.Option(help="Shorter side branches are left out.")] = None,
+    min_branch_um: Annotated[
+        float | None,
+        typer.Option(
+            help="Side branches shorter than this, from their parent's surface on, are left out; default 0 um."
+        ),
+    ] = None,
     max_gap_um: MaxGap = None,
-    step_um: Annotated[float | None, typer.Option(help="Distance between nodes.")] = None,
+    step_um: Annotated[float | None, typer.Option(help="Distance between nodes, in um; default about a voxel.")] = None,
     forest: Forest = False,
     swc_unit: SwcUnit = None,
+    memory_budget: MemoryBudget = 4.0,
 ):
     """Probability, mask or stack -> SWC; no network, no GPU."""
-    from .reconstruction import inverted, masked, place, placed_reviews, write_review
+    from .reconstruction import (
+        fits_in_memory,
+        inverted,
+        masked,
+        place,
+        placed_reviews,
+        reviews_in,
+        swc_files,
+        within,
+        write_review,
+    )
     from .tracing import trace_with_review
     from .tree import write_swc
 
     if polarity not in ("bright", "dark"):
         raise ValueError(f"--polarity takes bright or dark here, got {polarity!r}.")
-    out, level = new_file(out, ".swc", ".eswc"), threshold_of(threshold)
-    volume = read_stack(probability, spacing, channel)
+    out, cut = new_file(out, ".swc", ".eswc"), threshold_of(threshold)
+    volume = open_stack(probability, spacing, channel, level, lambda v: fits_in_memory(v, memory_budget * 2**30))
     unit, box = unit_of(swc_unit, "--swc-unit", volume.spacing_um), box_of(crop, volume.shape)
     start = root_of(root, box, volume.spacing_um)
     volume = inverted(volume) if polarity == "dark" else volume
-    volume = volume if mask is None else masked(volume, read_mask(mask))
+    volume = volume if mask is None else masked(volume, open_mask(mask))
     tree, reviews = trace_with_review(
-        volume.crop(box),
-        threshold=level,
+        within(volume, box),
+        threshold=cut,
         root=start,
         min_branch_um=min_branch_um,
         max_gap_um=max_gap_um,
         step_um=step_um,
         forest=forest,
     )
-    write_swc(place(tree, box), out, unit=unit)
-    write_review(placed_reviews(reviews, tree, box), out.with_name(out.stem + "_review.csv"), tree.unit)
+    unit = unit or tree.unit
+    for path, part in swc_files(place(tree, box), make_room(out), forest):
+        write_swc(part, path, unit=unit)
+    reviews = reviews_in(unit, placed_reviews(reviews, tree, box), tree)
+    write_review(reviews, out.with_name(out.stem + "_review.csv"), unit)
     typer.echo(as_table([{"name": out.stem, **summary(tree), "review": len(reviews)}]))
 
 
@@ -228,7 +365,7 @@ def score(
     from .comparison import compare, means, plot_pair
     from .scoring import score_masks
 
-    in_folders, groups = predicted.is_dir(), []
+    in_folders, groups = is_folder(predicted), []
     if in_folders and not all(place is None or place.is_dir() for place in (image, plot)):
         raise ValueError("Folders are scored with a folder for --image and one that exists for --plot.")
     if plot is not None and not in_folders:
@@ -243,7 +380,7 @@ def score(
         volume = None if shown is None else read_stack(shown, spacing, notice=False)
         groups.append(compare(name, *trees, threshold, volume))
         if plot is not None:
-            plot_pair(*trees, plot / f"{name}.png" if in_folders else plot, threshold, volume)
+            plot_pair(*trees, plot / f"{name}.png" if in_folders else make_room(plot), threshold, volume)
     rows = [row for group in groups for row in group] + (means(groups) if in_folders else [])
     if as_json:
         typer.echo(as_json_text(rows))
@@ -266,9 +403,10 @@ def measure(
     from .morphometry import sholl
     from .tree import read_swc
 
+    trees = {path: read_swc(path, unit=unit_of(unit, "--unit")) for path in swcs}
+    refuse_mixed_units(trees)
     rows = []
-    for path in swcs:
-        tree = read_swc(path, unit=unit_of(unit, "--unit"))
+    for path, tree in trees.items():
         crossings = zip(*sholl(tree, sholl_step), strict=True) if sholl_step is not None else ()
         rows.append({"name": path.stem, **run(tree), **{f"sholl_{radius:g}": int(n) for radius, n in crossings}})
     keys = list(dict.fromkeys(key for row in rows for key in row))
@@ -282,8 +420,10 @@ def convert(
     source: Annotated[Path, typer.Argument(metavar="IN.swc")],
     out: Annotated[Path, typer.Argument(metavar="OUT.swc")],
     unit: Unit = None,
-    swc_unit: Annotated[str | None, typer.Option(help="um or voxel: convert to it.")] = None,
-    spacing: Spacing = None,
+    swc_unit: Annotated[str | None, typer.Option(help="Unit of OUT.swc: um or voxel; default that of IN.swc.")] = None,
+    spacing: Annotated[
+        str | None, typer.Option(help="Voxel size Z,Y,X in um, to go between um and voxel; overrides IN.swc's own.")
+    ] = None,
     scale: Annotated[str | None, typer.Option(help="Factor, or factors Z,Y,X.")] = None,
     flip: Annotated[
         str | None, typer.Option(help="AXIS:LAST: x, y or z, and its last voxel centre in the unit of OUT.swc.")
@@ -307,7 +447,7 @@ def convert(
     if not parts:
         warnings.warn(f"{source} is an empty tree: nothing to split.", stacklevel=2)
     for count, part in enumerate(parts, start=1):
-        write_swc(part, out.with_name(f"{out.stem}_{count}{out.suffix}") if split else out)
+        write_swc(part, make_room(out).with_name(f"{out.stem}_{count}{out.suffix}") if split else make_room(out))
 
 
 @app.command()
@@ -323,9 +463,9 @@ def simulate(
     from .tree import write_swc
     from .volume import write_volume
 
-    out, size = new_file(out, ".tif", ".tiff"), tuple(int(n) for n in triple(shape, "--shape"))
+    out, size = new_file(out, ".tif", ".tiff"), shape_of(shape)
     volume, tree = simulate_neuron(seed=seed, shape=size, spacing_um=triple(spacing, "--spacing"), polarity=polarity)
-    write_volume(volume, out)
+    write_volume(volume, make_room(out))
     write_swc(tree, out.with_suffix(".swc"))
 
 
@@ -344,62 +484,99 @@ def train(
     spacing: Spacing = None,
     simulated: Annotated[int, typer.Option(help="Simulated neurons mixed in.")] = 32,
     max_steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 2000,
-    batch_size: Annotated[int, typer.Option(help="Crops per step and process.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Crops per batch and process.")] = 8,
+    accumulation: Annotated[int, typer.Option(help="Batches per step.")] = 1,
+    encoder_rate: Annotated[float, typer.Option(help="Peak learning rate of inherited weights.")] = 1e-4,
+    head_rate: Annotated[float, typer.Option(help="Peak learning rate of new weights.")] = 1e-3,
+    layer_decay: Annotated[float, typer.Option(help="Factor of the rate from a layer to the one below; 1 is off.")] = 1,
+    warmup_steps: Annotated[int, typer.Option(help="Steps over which rates rise; then they fall as a cosine.")] = 100,
+    ema_decay: Annotated[float, typer.Option(help="Of the average of weights, which is kept; 0 is off.")] = 0.995,
+    cldice_weight: Annotated[float, typer.Option(help="Of the soft-clDice term; 0 is off.")] = 0,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
+    mixed_precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
     validate_every: Annotated[int, typer.Option(help="Steps between validations.")] = 500,
+    save_every: Annotated[int, typer.Option(help="Steps between states that --resume goes on from.")] = 250,
+    log_every: Annotated[int, typer.Option(help="Steps between lines of metrics.jsonl.")] = 10,
+    log_with: Annotated[str, typer.Option(help="Trackers of Accelerate, such as tensorboard, comma-separated.")] = "",
+    num_workers: Annotated[int, typer.Option(help="Processes that cut crops, per process that trains.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(help="Crops and new weights.")] = 0,
-    mixed_precision: Annotated[str, typer.Option(help="no or bf16.")] = "no",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, as if never stopped.")] = False,
 ):
     """Fine-tune on your own stacks; `accelerate launch -m vit3d.training` takes the same flags."""
+    from transformers.utils.logging import disable_progress_bar
+
     from .training import TrainingConfig
     from .training import train as run
 
+    disable_progress_bar()  # one per checkpoint, between the lines of the training's own
     new_folder(Path(out))
     names = tuple(name for name in validate.split(",") if name)
     config = TrainingConfig(
         data, init, out, strategy, prediction, names, triple(spacing, "--spacing"), simulated,
-        max_steps=max_steps, batch_size=batch_size, validate_every=validate_every, seed=seed,
-        mixed_precision=mixed_precision,
+        max_steps=max_steps, batch_size=batch_size, accumulation=accumulation, encoder_rate=encoder_rate,
+        head_rate=head_rate, layer_decay=layer_decay, warmup_steps=warmup_steps, ema_decay=ema_decay,
+        cldice_weight=cldice_weight, gradient_checkpointing=gradient_checkpointing, mixed_precision=mixed_precision,
+        validate_every=validate_every, save_every=save_every, log_every=log_every, log_with=log_with,
+        num_workers=num_workers, device=device, seed=seed,
     )  # fmt: skip
-    typer.echo(f"best checkpoint: {run(config)}")
+    checkpoint = run(config, resume)
+    if os.environ.get("RANK", "0") == "0":  # one of several processes says it
+        typer.echo(f"{checkpoint.name} checkpoint: {checkpoint}")
 
 
 @app.command()
 def share(
-    checkpoint: Annotated[str, typer.Argument(help="Folder written by train, or a shipped name.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="Folder written by train, or a shipped name; with --dataset a folder of pairs.")
+    ],
     repo_id: Annotated[str, typer.Argument(help="NAMESPACE/NAME on the Hub.")],
     private: Annotated[bool, typer.Option(help="Visible to you alone.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Prepare and list the files, upload nothing.")] = False,
+    dataset: Annotated[bool, typer.Option(help="Share what a folder of stacks and SWCs consists of.")] = False,
+    licence: Annotated[
+        str | None, typer.Option(help="Of the weights or the data, as the Hub calls it: mit, ...")
+    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="Hub id of the 2D source, where it is not on file.")] = None,
+    card: Annotated[
+        Path | None, typer.Option(help="Folder with scores.json, README.md, picture; default: beside the checkpoint.")
+    ] = None,
 ):
-    """Publish a checkpoint on the Hub in one commit."""
+    """Publish a checkpoint, or a data set's metadata and checksums, on the Hub in one commit."""
     from .sharing import share as run
+    from .sharing import share_dataset
 
-    for line in run(checkpoint, repo_id, private=private, dry_run=dry_run):
+    options = {"private": private, "dry_run": dry_run, "licence": licence}
+    if dataset:
+        lines = share_dataset(checkpoint, repo_id, **options)
+    else:
+        lines = run(checkpoint, repo_id, **options, card=card, base_model=base_model)
+    for line in lines:
         typer.echo(line)
-
-
-def _sentence(error: Exception) -> str:
-    """What the error says, on one line."""
-    if isinstance(error, MemoryError):
-        return f"there is not enough memory ({error}); crop the stack or use a larger machine."
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}."
-    return " ".join(str(error).split())
 
 
 def _complain(what) -> None:
     print(f"vit3d: {what}", file=sys.stderr)
 
 
+def _warn(message, category, *_) -> None:
+    if issubclass(category, UserWarning):  # what a library deprecates concerns nobody here
+        _complain(message)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The `vit3d` command: one sentence and exit status 2 for what a person can mend, no traceback."""
-    warnings.showwarning = lambda message, *_: _complain(message)
+    warnings.showwarning = _warn
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        app(arguments, prog_name="vit3d")
+        sys.exit(app(arguments, prog_name="vit3d", standalone_mode=False))
     except (ValueError, OSError, MemoryError) as error:
-        _complain(_sentence(error))
-        sys.exit(2)
+        _complain(sentence(error))
+    except _UsageError as error:
+        if said := " ".join(error.format_message().split()).rstrip("."):  # nothing, where help was shown instead
+            _complain(f"{said}; `{error.ctx.command_path if error.ctx else 'vit3d'} --help` shows what it takes.")
+    sys.exit(2)
 
 
 if __name__ == "__main__":

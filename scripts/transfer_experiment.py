@@ -1,0 +1,236 @@
+"""The paper's experiment: does a 2D Vision Transformer's sight help a 3D one, and with how little data?
+
+    python scripts/transfer_experiment.py --source ../shared/weights/deit-tiny-patch16-224 --data ../shared/data/op \
+        --card model_cards/transfer/README.md
+
+trains the same network from scratch, by Average and by Center on 1, 2 and 5 neurons, and scores it on OP_6 and on
+simulated neurons. Every finished run is a line of `results.jsonl` beside the card; the same command goes on where it
+was stopped. On a GPU machine: `--source facebook/dino-vitb16 --steps 3000 --batch-size 32`, nothing else. `--report`
+draws what is there and trains nothing.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+import numpy as np
+import torch
+
+from vit3d import ViT3DForNeuronSegmentation
+from vit3d.model.image_processing_vit3d import ViT3DImageProcessor
+from vit3d.reconstruction import reconstruct
+from vit3d.scoring import score_masks, score_trees
+from vit3d.simulate import random_neuron
+from vit3d.tables import fill_card, markdown_table
+from vit3d.targets import paint
+from vit3d.training import TrainingConfig, read_gold, train
+from vit3d.volume import read_volume
+
+SPACING_UM = (1.0, 0.33, 0.33)
+TRAINED = ("OP_1", "OP_3", "OP_4", "OP_5", "OP_7")
+TESTED, SEARCHED = "OP_6", "OP_7"  # the encoder's rate is searched without a look at the test neuron
+STRATEGIES, RATES = ("random", "average", "center"), (3e-5, 1e-4, 3e-4)
+UNSEEN = range(900, 904)  # seeds of simulated neurons; nothing here trains on simulated ones
+SCORES = ("dice", "f1", "esa", "dsa", "pds", "simulated_f1", "loss")
+WINDOWS = {  # overrides of the config
+    "volume": {},
+    "slice": {"prediction": "center_slice", "patch_size": (5, 8, 8), "volume_size": (5, 112, 112)},
+    "slice, no depth context": {"prediction": "center_slice", "patch_size": (1, 8, 8), "volume_size": (1, 112, 112)},
+    "volume, no depth embedding": {},
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: `encoder_rate` None is the searched one; `held_out` is what it is scored on."""
+
+    strategy: str
+    window: str = "volume"
+    neurons: int = 5
+    seed: int = 0
+    encoder_rate: float | None = None
+    held_out: str = TESTED
+
+    def names(self) -> list[str]:
+        """The training neurons: which ones, where not all, turns with the seed, alike for every strategy."""
+        names = [name for name in TRAINED if name != self.held_out]
+        return [names[(self.seed + k) % len(names)] for k in range(min(self.neurons, len(names)))]
+
+
+def grid(seeds: int) -> list[Run]:
+    """The search first, then what the paper compares, then the variants."""
+    search = [Run(strategy, encoder_rate=rate, held_out=SEARCHED) for rate in RATES for strategy in STRATEGIES]
+    main = [Run(s, neurons=n, seed=seed) for seed in range(seeds) for n in (1, 5, 2) for s in STRATEGIES]
+    variants = [Run("center", window=window) for window in WINDOWS if window != "volume"]
+    return [*search, *main, *variants, Run("random", window="slice")]
+
+
+def perform(run: Run, rate: float, args, folder: Path) -> dict:
+    """Train, then score as a user would run it."""
+    for name in run.names():
+        for path in args.data.glob(f"{name}.*"):
+            (folder / path.name).symlink_to(path.resolve())
+    torch.manual_seed(run.seed)
+    model = ViT3DForNeuronSegmentation.from_2d_pretrained(args.source, run.strategy, **WINDOWS[run.window])
+    model.save_pretrained(folder / "start")
+    frozen = ("vit3d.embeddings.depth_embeddings",) if "no depth embedding" in run.window else ()
+    start = time.monotonic()
+    last = train(
+        TrainingConfig(
+            data=str(folder),
+            init=str(folder / "start"),
+            out=str(folder / "run"),
+            strategy=run.strategy,
+            prediction=model.config.prediction,
+            simulated=0,
+            max_steps=args.steps,
+            batch_size=args.batch_size,
+            encoder_rate=rate,
+            warmup_steps=args.steps // 10,
+            ema_decay=0.98,
+            validate_every=args.steps,
+            num_workers=0,
+            mixed_precision=args.mixed_precision,
+            seed=run.seed,
+            **({"frozen": frozen} if frozen else {}),
+        )
+    )
+    seconds = time.monotonic() - start
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    model = ViT3DForNeuronSegmentation.from_pretrained(last).to(args.device)
+    return {"loss": fmean(losses[-10:]), "seconds": round(seconds), **scores(model, run.held_out, args)}
+
+
+def scores(model, name: str, args) -> dict:
+    """Dice of the probability above 0.5 with the painted gold, the tree's scores, and the mean simulated F1."""
+    processor = ViT3DImageProcessor.from_config(model.config)
+    volume = read_volume(args.data / f"{name}.tif", spacing_um=SPACING_UM)
+    gold, _ = read_gold(args.data / f"{name}.swc", volume, processor)
+    result = reconstruct(model, volume, processor=processor)
+    found = score_trees(result.tree.to("voxel"), gold)
+    mask = paint(gold, volume.shape, min_radius_vox=1.5, max_radius_vox=2.5)
+    row = {"dice": score_masks(result.probability.voxels > 0.5, mask)["dice"]}
+    row |= {key: found[key] for key in ("f1", "precision", "recall", "esa", "dsa", "pds")}
+    if name == TESTED:
+        unseen = [random_neuron(seed, shape=(48, 192, 192)) for seed in UNSEEN]
+        trees = [reconstruct(model, stack, processor=processor).tree for stack, _ in unseen]
+        row["simulated_f1"] = fmean(score_trees(t, gold)["f1"] for t, (_, gold) in zip(trees, unseen, strict=True))
+    return row
+
+
+def searched_rate(strategy: str, rows: list[dict]) -> float | None:
+    """The rate with the best Dice on the neuron held out of the search; None before it is complete."""
+    tried = [row for row in rows if row["strategy"] == strategy and row["held_out"] == SEARCHED]
+    return max(tried, key=lambda row: row["dice"])["encoder_rate"] if len(tried) == len(RATES) else None
+
+
+def finished(store: Path) -> list[dict]:
+    return [json.loads(line) for line in store.read_text().splitlines()] if store.exists() else []
+
+
+def table(rows: list[dict], keys: tuple[str, ...], shown: tuple[str, ...] = SCORES) -> list[dict]:
+    """Mean and standard deviation over the rows that agree in `keys`."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return [
+        {**dict(zip(keys, group, strict=True)), "runs": len(part), **{key: _spread(part, key) for key in shown}}
+        for group, part in sorted(groups.items())
+    ]
+
+
+def _spread(rows: list[dict], key: str) -> str:
+    values = [row[key] for row in rows if row.get(key) is not None]
+    if not values:
+        return "-"
+    return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def gains(rows: list[dict]) -> list[dict]:
+    """What transfer gains over scratch, paired by seed, relative as the paper counts it."""
+    found = []
+    for neurons in (1, 2, 5):
+        for strategy in STRATEGIES[1:]:
+            pairs = [_paired(rows, strategy, neurons, seed, key) for key in ("f1", "dice") for seed in range(99)]
+            for key, part in (("f1", pairs[:99]), ("dice", pairs[99:])):
+                part = [pair for pair in part if pair]
+                if part:
+                    relative = [100 * (with_ - without) / max(without, 1e-9) for with_, without in part]
+                    mean = 100 * (sum(a for a, _ in part) / max(sum(b for _, b in part), 1e-9) - 1)
+                    found.append(
+                        {"neurons": neurons, "strategy": strategy, "score": key, "pairs": len(part)}
+                        | {"gain of the mean, %": mean, "ahead in": sum(value > 0 for value in relative)}
+                    )
+    return found
+
+
+def _paired(rows: list[dict], strategy: str, neurons: int, seed: int, key: str) -> tuple[float, float] | None:
+    here = {r["strategy"]: r[key] for r in rows if (r["window"], r["neurons"], r["seed"]) == ("volume", neurons, seed)}
+    return (here[strategy], here["random"]) if {strategy, "random"} <= set(here) else None
+
+
+def report(rows: list[dict], card: Path) -> None:
+    """Tables and picture of what is finished."""
+    search = [row for row in rows if row["held_out"] == SEARCHED]
+    tested = [row for row in rows if row["held_out"] == TESTED]
+    fill_card(card, "search", markdown_table(table(search, ("strategy", "encoder_rate"), ("dice", "f1", "loss"))))
+    if tested:
+        fill_card(card, "results", markdown_table(table(tested, ("window", "neurons", "strategy", "encoder_rate"))))
+        fill_card(card, "gains", markdown_table(gains(tested)))
+        plot(tested, card.with_name("transfer.png"))
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, key in zip(figure.subplots(1, 2), ("dice", "f1"), strict=True):
+        for strategy in STRATEGIES:
+            part = [row for row in rows if row["strategy"] == strategy and row["window"] == "volume"]
+            counts = sorted({row["neurons"] for row in part})
+            values = [[row[key] for row in part if row["neurons"] == count] for count in counts]
+            errors = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values]
+            axes.errorbar(counts, [fmean(v) for v in values], errors, marker="o", capsize=3, label=strategy)
+        axes.set(xlabel="training neurons", ylabel=f"{key} on {TESTED}", xticks=(1, 2, 5))
+        axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--source", required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--card", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--mixed-precision", default="bf16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--backwards", action="store_true", help="from the grid's other end, beside a first process")
+    args = parser.parse_args()
+
+    store = args.card.with_name("results.jsonl")
+    budget = {"steps": args.steps, "batch_size": args.batch_size, "source": Path(args.source).name}
+    rows = finished(store)
+    for run in [] if args.report else grid(args.seeds)[:: -1 if args.backwards else 1]:
+        rows = finished(store)  # another process may work from the other end
+        if asdict(run) | budget in [row["run"] for row in rows]:
+            continue
+        rate = run.encoder_rate or searched_rate(run.strategy, rows)
+        with tempfile.TemporaryDirectory() as folder:
+            row = {**asdict(run), "encoder_rate": rate, **perform(run, rate, args, Path(folder))}
+        row["run"] = asdict(run) | budget
+        with store.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+    report(finished(store), args.card)
+
+
+if __name__ == "__main__":
+    main()
