@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from vit3d import ViT3DForNeuronSegmentation
+from vit3d.checkpoint import preferred_dtype
 from vit3d.model.image_processing_vit3d import ViT3DImageProcessor
 from vit3d.reconstruction import reconstruct
 from vit3d.scoring import score_masks, score_trees
@@ -33,7 +34,7 @@ from vit3d.volume import read_volume
 SPACING_UM = (1.0, 0.33, 0.33)
 TRAINED = ("OP_1", "OP_3", "OP_4", "OP_5", "OP_7")
 TESTED, SEARCHED = "OP_6", "OP_7"  # the encoder's rate is searched without a look at the test neuron
-STRATEGIES, RATES = ("random", "average", "center"), (3e-5, 1e-4, 3e-4)
+STRATEGIES, RATES = ("random", "average", "center"), (1e-4, 3e-4, 1e-3)
 UNSEEN = range(900, 904)  # seeds of simulated neurons; nothing here trains on simulated ones
 SCORES = ("dice", "f1", "esa", "dsa", "pds", "simulated_f1", "loss")
 WINDOWS = {  # overrides of the config
@@ -42,6 +43,12 @@ WINDOWS = {  # overrides of the config
     "slice, no depth context": {"prediction": "center_slice", "patch_size": (1, 8, 8), "volume_size": (1, 112, 112)},
     "volume, no depth embedding": {},
 }
+FROZEN = "vit3d.embeddings.depth_embeddings"
+SILENCED = {  # what is set to zero and learns nothing; a layer whose outputs are zero is the identity
+    "no layers": ("attention.o_proj", "mlp.fc2"),
+    "stem alone": ("attention.o_proj", "mlp.fc2", "head.painter"),
+}
+FOLDS = (TESTED, "OP_3")
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,31 @@ def grid(seeds: int) -> list[Run]:
     search = [Run(strategy, encoder_rate=rate, held_out=SEARCHED) for rate in RATES for strategy in STRATEGIES]
     main = [Run(s, neurons=n, seed=seed) for seed in range(seeds) for n in (1, 5, 2) for s in STRATEGIES]
     variants = [Run("center", window=window) for window in WINDOWS if window != "volume"]
-    return [*search, *main, *variants, Run("random", window="slice")]
+    encoders = [
+        Run(strategy, seed=seed, held_out=fold)
+        for seed in range(seeds)
+        for fold in FOLDS
+        for strategy in ("center", "random", *SILENCED)
+    ]
+    return [*search, *main, *variants, Run("random", window="slice"), *(run for run in encoders if run not in main)]
+
+
+def starting_model(run: Run, source: str) -> ViT3DForNeuronSegmentation:
+    """What a run begins with; heads of one seed are the same whatever the encoder."""
+    torch.manual_seed(run.seed)
+    strategy = run.strategy if run.strategy in STRATEGIES else "center"
+    model = ViT3DForNeuronSegmentation.from_2d_pretrained(source, strategy, **WINDOWS[run.window])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in SILENCED.get(run.strategy, ())):
+                parameter.zero_()
+    return model
+
+
+def frozen_parts(run: Run) -> tuple[str, ...]:
+    """Names of parameters that do not learn in this run."""
+    silenced = {"no layers": ("vit3d.layers",), "stem alone": ("vit3d", "head.painter", "head.layernorm")}
+    return silenced.get(run.strategy, (FROZEN,) if "no depth embedding" in run.window else ())
 
 
 def perform(run: Run, rate: float, args, folder: Path) -> dict:
@@ -74,17 +105,17 @@ def perform(run: Run, rate: float, args, folder: Path) -> dict:
     for name in run.names():
         for path in args.data.glob(f"{name}.*"):
             (folder / path.name).symlink_to(path.resolve())
-    torch.manual_seed(run.seed)
-    model = ViT3DForNeuronSegmentation.from_2d_pretrained(args.source, run.strategy, **WINDOWS[run.window])
+    model = starting_model(run, args.source)
     model.save_pretrained(folder / "start")
-    frozen = ("vit3d.embeddings.depth_embeddings",) if "no depth embedding" in run.window else ()
+    (folder / "run").mkdir()
+    (folder / "run" / "volumes").symlink_to(args.volumes)  # made ready once for all runs
     start = time.monotonic()
     last = train(
         TrainingConfig(
             data=str(folder),
             init=str(folder / "start"),
             out=str(folder / "run"),
-            strategy=run.strategy,
+            spacing_um=SPACING_UM,
             prediction=model.config.prediction,
             simulated=0,
             max_steps=args.steps,
@@ -96,7 +127,7 @@ def perform(run: Run, rate: float, args, folder: Path) -> dict:
             num_workers=0,
             mixed_precision=args.mixed_precision,
             seed=run.seed,
-            **({"frozen": frozen} if frozen else {}),
+            frozen=frozen_parts(run),
         )
     )
     seconds = time.monotonic() - start
@@ -206,23 +237,25 @@ def main() -> None:
     parser.add_argument("--source", required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--card", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--mixed-precision", default="bf16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--backwards", action="store_true", help="from the grid's other end, beside a first process")
     args = parser.parse_args()
+    args.mixed_precision = "bf16" if preferred_dtype(args.device) is torch.bfloat16 else "no"
 
     store = args.card.with_name("results.jsonl")
     budget = {"steps": args.steps, "batch_size": args.batch_size, "source": Path(args.source).name}
     rows = finished(store)
+    scratch = tempfile.TemporaryDirectory()
+    args.volumes = Path(scratch.name)
     for run in [] if args.report else grid(args.seeds)[:: -1 if args.backwards else 1]:
         rows = finished(store)  # another process may work from the other end
         if asdict(run) | budget in [row["run"] for row in rows]:
             continue
-        rate = run.encoder_rate or searched_rate(run.strategy, rows)
+        rate = run.encoder_rate or searched_rate(run.strategy if run.strategy in STRATEGIES else "center", rows)
         with tempfile.TemporaryDirectory() as folder:
             row = {**asdict(run), "encoder_rate": rate, **perform(run, rate, args, Path(folder))}
         row["run"] = asdict(run) | budget
