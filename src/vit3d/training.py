@@ -8,6 +8,7 @@ Several processes: `accelerate launch --multi_gpu --num_processes N -m vit3d.tra
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from .bigneuron import find_pairs
 from .checkpoint import load_checkpoint, place_of
 from .cldice import soft_cldice_loss
 from .launching import start_accelerator
@@ -31,7 +31,7 @@ from .optimization import freeze, optimizer_and_schedule, parameter_groups
 from .patches import CropDataset
 from .run_folder import Log, RunFolder, copy_checkpoint, save
 from .training_config import TrainingConfig
-from .training_data import neuron_facts, read_gold, refuse_unknown_names, training_volumes
+from .training_data import chosen_neurons, neuron_facts, read_gold, training_volumes
 
 __all__ = ["TrainingConfig", "TrainingRun", "initial_model", "parameter_groups", "read_gold", "save", "train"]
 
@@ -49,12 +49,13 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
     device, neuron, tracker or network. ValueError, while it runs: the loss is not finite.
     """
     accelerator = start_accelerator(config)
+    if not accelerator.is_main_process:
+        warnings.simplefilter("ignore", UserWarning)  # one process says it
     register()
-    rows = find_pairs(config.data) if config.data else []
+    rows, config = chosen_neurons(config)
     folder = RunFolder(config.out)
     facts = {**asdict(config), "num_processes": accelerator.num_processes, "neurons": neuron_facts(rows)}
     folder.refuse_unless_free(facts, resume)
-    refuse_unknown_names(config, rows)
     if folder.step == config.max_steps:  # it is finished
         return folder.best if config.validate else folder.last
     set_seed(config.seed)
