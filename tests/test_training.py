@@ -1,11 +1,14 @@
 """Training: a few steps of a tiny network, what a run leaves behind, and what it refuses to begin."""
 
 import json
+import os
 import re
 import subprocess
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import evaluate
 import numpy as np
@@ -17,9 +20,11 @@ from accelerate.state import AcceleratorState
 from runs import SIZES, WINDOW, equal, launch, losses, make_checkpoint, make_pairs, metrics, weights
 from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation, ViT3DImageProcessor, segment
 from vit3d.annotation import examine
+from vit3d.augmentation import Augmentation
 from vit3d.checkpoint import load_checkpoint
 from vit3d.cli import main
 from vit3d.gold import estimate_shift
+from vit3d.launching import num_workers
 from vit3d.metrics import metric_folder
 from vit3d.pairs import find_pairs, split_of
 from vit3d.patches import CropDataset
@@ -195,6 +200,35 @@ def test_the_clock_counts_waiting_alone(monkeypatch):
     assert clock.share() == 0
 
 
+@pytest.mark.slow
+def test_a_training_hardly_waits_for_its_crops_and_says_so_otherwise(tmp_path, monkeypatch):
+    """The network that ships, its window and batch, with the one worker that is the default on a CPU."""
+    config = TrainingConfig("", "vit3d-tiny", str(tmp_path / "run"), simulated=1, max_steps=8, log_every=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        train(config)
+    waits = [line["data_wait"] for line in metrics(tmp_path / "run")]
+    assert len(waits) == 8
+    assert np.mean(waits) < 0.05
+    slow = CropDataset.__getitem__
+    monkeypatch.setattr(CropDataset, "__getitem__", lambda self, index: (time.sleep(1), slow(self, index))[1])
+    with pytest.warns(UserWarning, match=r"Steps wait \d+% of their time for crops; try --num-workers 2 instead of 1"):
+        train(replace(config, out=str(tmp_path / "slow"), max_steps=3, batch_size=2))
+
+
+def test_a_gpu_has_as_many_workers_as_its_cores_allow(config, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16), raising=False)
+    gpu = SimpleNamespace(device=torch.device("cuda"))
+    unasked = replace(config, num_workers=None)
+    assert num_workers(unasked, Accelerator(cpu=True)) == 1
+    assert num_workers(unasked, gpu) == 8
+    assert num_workers(config, gpu) == 0
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert num_workers(unasked, gpu) == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert num_workers(unasked, gpu) == 1
+
+
 def test_the_command_trains_and_says_where(tiny, data, tmp_path, capsys):
     flags = f"--data {data} --init {tiny} --out {tmp_path / 'run'} --simulated 0 --max-steps 1 --batch-size 1"
     words = ["train", *flags.split()]
@@ -307,6 +341,57 @@ def test_radii_that_would_fill_the_stack_are_not_used_and_that_is_said(config, t
     with pytest.warns(UserWarning, match="nm: by its radii the gold fills its stack; they are not used"):
         (volume,), _ = training_volumes(*store_of(replace(config, data=str(folder), validate=()), tmp_path / "store"))
     assert (volume.labels == 0).mean() > 0.9
+
+
+KINDS = {
+    "12 of 16 bits": lambda grey: grey.astype(np.uint16) * 16,
+    "16 bits above an offset": lambda grey: grey.astype(np.uint16) * 16 + 30000,
+    "signed": lambda grey: grey.astype(np.int16) - 200,
+    "floats to 1": lambda grey: (grey / 255).astype(np.float32),
+    "tiny floats": lambda grey: (grey / 255e3).astype(np.float32),
+    "floats below 0": lambda grey: grey.astype(np.float32) - 100,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stack_of_any_kind_of_number_gives_the_crops_of_the_8_bit_one(config, tmp_path, kind):
+    folder = make_pairs(tmp_path / "pairs", {"one": "um"})
+    plain = replace(config, data=str(folder), validate=())
+    volumes = [training_volumes(*store_of(plain, tmp_path / "store"))[0][0]]
+    stack = read_volume(folder / "one.tif")
+    write_volume(Volume(KINDS[kind](stack.voxels), stack.spacing_um), folder / "one.tif")
+    volumes += training_volumes(*store_of(plain, tmp_path / "store"))[0]
+    np.testing.assert_array_equal(volumes[0].labels, volumes[1].labels)
+    processor, nothing = ViT3DImageProcessor.from_config(CONFIG), Augmentation.none()
+    eight, other = (CropDataset([v], [1.0], processor, 6, 0, CONFIG, augmentation=nothing) for v in volumes)
+    for index in range(6):
+        torch.testing.assert_close(eight[index]["pixel_values"], other[index]["pixel_values"], atol=0.05, rtol=0)
+
+
+def test_a_stack_smaller_than_the_window_is_trained_on_and_a_single_slice_refused(config, tmp_path):
+    folder = make_pairs(tmp_path / "pairs", {"flat": "voxel"})
+    stack, tree = read_volume(folder / "flat.tif"), replace(read_swc(folder / "flat.swc"), unit="voxel")
+    flat = np.broadcast_to(stack.voxels.max(0)[:20, 30:60], (2, 20, 30))  # of the projection
+    inside = ((tree.points[:, 1:] >= (0, 30)) & (tree.points[:, 1:] < (20, 60))).all(axis=1)
+    part = tree.take(np.flatnonzero(inside)).shifted((0, 0, -30))
+    write_volume(Volume(flat), folder / "flat.tif")
+    write_swc(replace(part, points=part.points * (0, 1, 1)), folder / "flat.swc", unit="voxel")
+    small = replace(config, data=str(folder), validate=(), max_steps=1)
+    train(small)
+    assert np.isfinite(losses(Path(config.out))[0][1])
+    write_volume(Volume(flat[:1]), folder / "flat.tif")
+    with pytest.raises(ValueError, match=r"flat\.tif is a 2D image .* a stack is needed"):
+        train(replace(small, out=str(tmp_path / "other")))
+
+
+def test_an_swc_of_a_stack_with_holes_in_its_numbers_is_refused_by_name(config, tmp_path):
+    folder = make_pairs(tmp_path / "pairs", {"holes": "um"})
+    voxels = read_volume(folder / "holes.tif").voxels.astype(np.float32)
+    voxels[0, 0, 0] = np.nan
+    write_volume(Volume(voxels), folder / "holes.tif")
+    with pytest.raises(ValueError, match=r"holes\.tif holds NaN or infinite voxels; replace them before use"):
+        train(replace(config, data=str(folder), validate=()))
+    assert not Path(config.out).exists()
 
 
 # ------------------------------------------------------------ who trains, who validates

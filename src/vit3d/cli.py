@@ -517,7 +517,9 @@ def train(
     save_every: Annotated[int, typer.Option(help="Steps between states that --resume goes on from.")] = 250,
     log_every: Annotated[int, typer.Option(help="Steps between lines of metrics.jsonl.")] = 10,
     log_with: Annotated[str, typer.Option(help="Trackers of Accelerate, such as tensorboard, comma-separated.")] = "",
-    num_workers: Annotated[int, typer.Option(help="Processes that cut crops, per process that trains.")] = 1,
+    num_workers: Annotated[
+        int | None, typer.Option(help="Processes that cut crops, per process that trains; default 1, on a GPU up to 8.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(help="Crops and new weights.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, as if never stopped.")] = False,

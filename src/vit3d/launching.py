@@ -36,6 +36,16 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
     return accelerator
 
 
+def num_workers(config: TrainingConfig, accelerator: Accelerator) -> int:
+    """Processes that cut crops for this one: one keeps up with a CPU, a GPU takes a batch in less time than a crop."""
+    if config.num_workers is not None:
+        return config.num_workers
+    if accelerator.device.type == "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+
+
 def _refuse_what_is_not_there(config: TrainingConfig) -> None:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if config.device == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= gpus:

@@ -29,6 +29,7 @@ class TrainingConfig:
     ema_decay: of the average of the weights, which is what is kept and validated; 0.0 keeps the weights themselves.
     cldice_weight: of the soft-clDice term (`vit3d.cldice`), 0.0 leaves it out.
     save_every, validate_every, log_every: steps between two of each; all three happen at the last step too.
+    num_workers: processes that cut crops, for each that trains; None is one, and up to eight beside a GPU.
     log_with: trackers that Accelerate knows, comma-separated; `metrics.jsonl` is always written.
     device: "auto", "cpu", or "cuda", which is refused where there is none.
     """
@@ -64,7 +65,7 @@ class TrainingConfig:
     validate_every: int = 500
     save_every: int = 250
     log_every: int = 10
-    num_workers: int = 1
+    num_workers: int | None = None
     log_with: str = ""
     device: str = "auto"
 
@@ -72,7 +73,7 @@ class TrainingConfig:
         at_least_one = ("max_steps", "batch_size", "accumulation", "validate_every", "save_every", "log_every")
         least = dict.fromkeys(at_least_one, 1) | dict.fromkeys(("simulated", "warmup_steps", "num_workers", "seed"), 0)
         for name, value in least.items():
-            if getattr(self, name) < value:
+            if getattr(self, name) is not None and getattr(self, name) < value:
                 raise ValueError(f"`{name}` must be at least {value}, got {getattr(self, name)}.")
         for name in ("encoder_rate", "head_rate", "weight_decay", "cldice_weight"):
             if not (isfinite(getattr(self, name)) and getattr(self, name) >= 0):
