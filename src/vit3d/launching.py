@@ -5,12 +5,13 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
+    LoggerType,
 )
 
 from .training_config import TrainingConfig
@@ -58,7 +59,8 @@ def _refuse_what_is_not_there(config: TrainingConfig) -> None:
         raise ValueError(f"accelerate launch says mixed precision {launched}: give --mixed-precision {launched} too.")
     if config.mixed_precision == "fp16" and not gpus:
         raise ValueError("--mixed-precision fp16 needs a GPU; bf16 also works without one.")
-    there = [str(getattr(name, "value", name)) for name in get_available_trackers()]
+    own = [name for name in LOGGER_TYPE_TO_CLASS if name not in LoggerType.list()]  # by `register_tracker_class`
+    there = [*(str(getattr(name, "value", name)) for name in get_available_trackers()), *own]
     for name in filter(None, config.log_with.split(",")):
         if name not in there:
             raise ValueError(

@@ -9,10 +9,11 @@ from tqdm import tqdm
 
 from . import annotation
 from .gold import align_gold, check_bounds, lies_on_image, likely_cause, untraced_structure
+from .model.configuration_vit3d import ViT3DConfig
 from .model.image_processing_vit3d import ViT3DImageProcessor
 from .model.intensity_vit3d import measure
 from .pairs import find_pairs, splits_of
-from .patches import TrainingVolume, prepared
+from .patches import CropDataset, TrainingVolume, prepared
 from .simulate import random_neuron
 from .targets import radii_fit, training_labels
 from .training_config import TrainingConfig
@@ -83,6 +84,19 @@ def training_volumes(
     if not volumes:
         raise ValueError("Nothing to train on: give --data a folder of pairs, or --simulated a number of neurons.")
     return volumes, weights
+
+
+def crop_dataset(data: str | Path, network: ViT3DConfig, length: int, store: str | Path, **options) -> CropDataset:
+    """`length` crops of a folder's neurons as `train` cuts them, for other people's loops: transformers' Trainer, PEFT.
+
+    store: folder in which the volumes lie while crops are cut. options: of `TrainingConfig`: seed, split_file,
+    validate (left out here), align, simulated (0 by default), ...
+    """
+    asked = TrainingConfig(str(data), "", "", **{"simulated": 0, **options})
+    rows, asked = chosen_neurons(asked)
+    processor = ViT3DImageProcessor.from_config(network)
+    volumes, weights = training_volumes(asked, rows, processor, Path(store))
+    return CropDataset(volumes, weights, processor, length, asked.seed, network)
 
 
 def warn_of_shifts(shifts: dict[str, tuple[float, ...]]) -> None:
