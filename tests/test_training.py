@@ -651,6 +651,8 @@ def test_two_processes_train_one_network_on_different_crops_and_share_the_valida
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("best checkpoint") == 1
+    assert done.stderr.count("Moved onto their images") <= 2  # of those that train and of those that validate
+    assert "Grad strides" not in done.stderr
     assert json.loads((run / "training.json").read_text())["num_processes"] == 2
     assert [line["step"] for line in metrics(run)] == [1, 2, 2]  # one process writes
     # three neurons on two processes: each has its score once, and it is that of the checkpoint

@@ -509,7 +509,9 @@ def train(
     head_rate: Annotated[float, typer.Option(help="Peak learning rate of new weights.")] = 1e-3,
     layer_decay: Annotated[float, typer.Option(help="Factor of the rate from a layer to the one below; 1 is off.")] = 1,
     warmup_steps: Annotated[int, typer.Option(help="Steps over which rates rise; then they fall as a cosine.")] = 100,
-    ema_decay: Annotated[float, typer.Option(help="Of the average of weights, which is kept; 0 is off.")] = 0.995,
+    ema_decay: Annotated[
+        float, typer.Option(help="Of the average of weights, which is kept: over about 1 / (1 - it) steps; 0 is off.")
+    ] = 0.995,
     cldice_weight: Annotated[float, typer.Option(help="Of the soft-clDice term; 0 is off.")] = 0,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
     mixed_precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",

@@ -1,6 +1,7 @@
 """What a training runs on: devices, processes, precision and trackers, and what of them is not there."""
 
 import os
+import warnings
 from datetime import timedelta
 
 import torch
@@ -20,6 +21,8 @@ from .training_config import TrainingConfig
 def start_accelerator(config: TrainingConfig) -> Accelerator:
     """ValueError: a device, a precision or a tracker that is not there."""
     _refuse_what_is_not_there(config)
+    # of a kernel of one channel: its gradient is laid out in another order, which costs nothing here
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     handlers = [
         DistributedDataParallelKwargs(find_unused_parameters=True),  # the encoder's last norm feeds no head
         InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # all wait for the slowest neuron that validates
