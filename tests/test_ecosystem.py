@@ -7,21 +7,21 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from runs import SIZES, WINDOW, make_checkpoint, weights
-from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation, ViT3DImageProcessor
-from vit3d.patches import CropDataset, TrainingVolume
-from vit3d.simulate import simulate_neuron
-from vit3d.targets import training_labels
+from runs import SIZES, WINDOW, make_checkpoint, make_pairs, weights
+from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation
+from vit3d.patches import CropDataset
+from vit3d.training import TrainingConfig, TrainingRun, train
+from vit3d.training_data import crop_dataset
 
 
 @pytest.fixture(scope="module")
-def crops() -> CropDataset:
-    config = ViT3DConfig(**SIZES, **WINDOW)
-    processor = ViT3DImageProcessor.from_config(config)
-    volume, tree = simulate_neuron(seed=0, shape=(12, 64, 72))
-    labels = training_labels(tree.to("voxel", volume.spacing_um), volume.shape)
-    prepared = TrainingVolume.prepare("one", volume.voxels, labels, processor)
-    return CropDataset([prepared], [1.0], processor, 40, 0, config)
+def data(tmp_path_factory) -> Path:
+    return make_pairs(tmp_path_factory.mktemp("data"), {"one": "um", "two": "voxel"})
+
+
+@pytest.fixture(scope="module")
+def crops(data, tmp_path_factory) -> CropDataset:
+    return crop_dataset(data, ViT3DConfig(**SIZES, **WINDOW), 40, tmp_path_factory.mktemp("store"), validate=("two",))
 
 
 @pytest.fixture
@@ -38,6 +38,16 @@ def trained(model, crops, folder: Path, steps: int) -> Trainer:
     trainer = Trainer(model, arguments, train_dataset=few, eval_dataset=few)
     trainer.train()
     return trainer
+
+
+def test_other_loops_get_the_crops_that_train_cuts(data, crops, checkpoint, tmp_path, monkeypatch):
+    cut = []
+    monkeypatch.setattr(TrainingRun, "go", lambda self: cut.append(self.crops))
+    train(TrainingConfig(str(data), checkpoint, str(tmp_path / "run"), validate=("two",), simulated=0, num_workers=0))
+    assert len(crops) == 40
+    assert [volume.name for volume in crops.volumes] == ["one"]
+    for number in range(4):
+        assert all(torch.equal(value, cut[0][number][key]) for key, value in crops[number].items())
 
 
 @pytest.mark.slow

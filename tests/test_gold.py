@@ -76,7 +76,8 @@ def test_a_flip_is_told_from_a_gold_that_lies_on_its_image(neuron):
     assert likely_cause(tree, volume) == "The trace lies on the image."
     flipped = tree.flipped(1, SHAPE[1] - 1)
     assert not lies_on_image(flipped, volume)
-    assert "y is flipped (y -> 95 - y)" in likely_cause(flipped, volume)
+    mended = "y is flipped (y -> 95 - y): `vit3d convert --unit voxel --flip y:95` does that."
+    assert likely_cause(flipped, volume) == f"The trace does not lie on the image as it is; it does when {mended}"
 
 
 def test_an_swc_outside_its_stack_is_named_with_its_farthest_node(neuron):
@@ -97,7 +98,7 @@ def test_other_causes_are_named(neuron):
     volume, tree = neuron
     in_um = tree.to("um", volume.spacing_um)
     as_voxels = NeuronTree(in_um.points, in_um.radii, in_um.parents, unit="voxel")
-    assert "read as um" in likely_cause(as_voxels, volume)
+    assert "read as um: a line `# unit: um` in the SWC says so." in likely_cause(as_voxels, volume)
     assert "taken as dark" in likely_cause(tree, Volume(255 - volume.voxels, volume.spacing_um))
     swapped = NeuronTree(tree.points[:, [0, 2, 1]], tree.radii, tree.parents, unit="voxel")
     assert "y and x are swapped" in likely_cause(swapped, volume)

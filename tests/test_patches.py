@@ -169,6 +169,20 @@ def test_volumes_are_drawn_by_their_weight():
     assert len(only_second) == 4
 
 
+def test_most_crops_hold_neurite_and_the_others_what_looks_like_one():
+    shape = (20, 60, 200)
+    true, false = fibre(shape), fibre(shape)
+    true[:, :, 70:], false[:, :, :130] = False, False  # a neurite, and as bright a structure that is none
+    voxels = np.where(true | false, 200, 20).astype(np.uint8)
+    volume = TrainingVolume.prepare("cell", voxels, true.astype(np.int8), ViT3DImageProcessor.from_config(CONFIG))
+    items = [crops(CONFIG, [volume], length=200, augmentation=NOTHING)[i] for i in range(200)]
+    neurite = [bool((item["labels"] == 1).any()) for item in items]
+    bright = [bool((item["pixel_values"] > 0).any()) for item in items]
+    assert 0.7 < np.mean(neurite) < 0.95
+    assert np.mean(np.array(bright) & ~np.array(neurite)) > 0.04
+    assert np.mean(bright) > 0.9
+
+
 def test_a_gold_that_paints_nothing_is_refused():
     processor = ViT3DImageProcessor.from_config(CONFIG)
     with pytest.raises(ValueError, match="cell_3: the gold paints no voxel of its stack"):

@@ -224,7 +224,7 @@ def test_two_processes_that_are_killed_go_on_to_the_last_bit(base, tmp_path):
 
     def finish(out: Path, port: int) -> None:
         process = start(out, port)
-        said, _ = process.communicate(timeout=200)
+        said, _ = process.communicate(timeout=600)
         assert process.returncode == 0, said[-3000:]
 
     stopped, other = tmp_path / "stopped", tmp_path / "whole"

@@ -5,7 +5,7 @@ import pytest
 from numpy.testing import assert_array_equal
 from scipy import ndimage
 
-from vit3d.targets import labels_from_codes, labels_from_mask, paint, training_labels
+from vit3d.targets import labels_from_codes, labels_from_mask, paint, radii_fit, training_labels
 from vit3d.tree import NeuronTree
 
 
@@ -76,6 +76,33 @@ def test_what_a_soma_has_beyond_the_largest_radius_is_ignored():
     soma = NeuronTree([[20.0, 20.0, 20.0]], [10.0], [-1], unit="voxel")
     labels = training_labels(soma, (40, 40, 40), max_radius_vox=2.5)
     assert_array_equal(labels[20, 20, [20, 22, 23, 30, 31, 32]], [1, 1, -100, -100, -100, 0])
+
+
+@pytest.mark.parametrize("unit_is_off_by", [10, 1000])
+def test_radii_in_another_unit_leave_the_background_to_learn_from(unit_is_off_by):
+    """um for voxels, or nm: by them the neuron would fill its stack, which then would all be ignored."""
+    shape, right = (24, 64, 96), tube((12, 32, 8), (12, 30, 90), radii=(2.0, 1.0), spacing_um=(2.0, 1.0, 1.0))
+    wrong = NeuronTree(right.points, right.radii * unit_is_off_by, right.parents, unit="voxel", spacing_um=(2, 1, 1))
+    assert radii_fit(right, shape)
+    assert not radii_fit(wrong, shape)
+    labels = training_labels(wrong, shape)
+    assert (labels == -100).mean() < 0.05
+    assert labels[12, 31, 50] == 1
+    assert radii_fit(NeuronTree([[12, 32, 30]], [20.0], [-1], unit="voxel"), shape)  # a soma may be wide
+
+
+@pytest.mark.parametrize("radius", [0.0, 1.0])
+def test_radii_that_say_nothing_paint_the_floor(radius):
+    plain = tube((16, 16, 5), (16, 20, 30), radii=(radius, radius))
+    floor = tube((16, 16, 5), (16, 20, 30), radii=(1.5, 1.5))
+    options = {"shape": (32, 32, 40), "min_radius_vox": 1.5}
+    assert_array_equal(training_labels(plain, **options), training_labels(floor, **options))
+
+
+def test_a_node_that_comes_twice_changes_nothing():
+    once = tube((16, 16, 5), (16, 20, 30))
+    twice = NeuronTree(once.points[[0, 0, 1]], once.radii[[0, 0, 1]], [-1, 0, 1], unit="voxel")
+    assert_array_equal(training_labels(twice, (32, 32, 40)), training_labels(once, (32, 32, 40)))
 
 
 def test_untraced_structure_is_ignored_but_never_over_the_neurite():

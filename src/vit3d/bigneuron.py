@@ -11,7 +11,7 @@ import datasets
 from tqdm import tqdm
 
 from .annotation import examine
-from .pairs import Survey, find_pairs, read_split_file, skipped, split_of, survey
+from .pairs import Survey, find_pairs, read_split_file, skipped, split_of, splits_of, survey
 
 __all__ = ["BigNeuron", "find_pairs", "load_bigneuron", "split_of"]
 
@@ -129,11 +129,10 @@ class BigNeuron(datasets.GeneratorBasedBuilder):
         if not rows:
             raise ValueError(f"{self.config.data_path} holds no pair that can be used. {' '.join(report)}")
         self.info.description = " ".join(report)
-        chosen = read_split_file(self.config.split_file, found.rows) if self.config.split_file else {}
+        split_by_name = splits_of(found.rows, self.config.split_file)
         splits: dict[str, list[dict]] = {}
         for row in rows:
-            split = chosen.get(row["name"]) or chosen.get(row["neuron"]) or split_of(row["neuron"])
-            splits.setdefault(split, []).append(row)
+            splits.setdefault(split_by_name[row["name"]], []).append(row)
         order = sorted(splits, key=lambda split: (split != "train", split))
         return [datasets.SplitGenerator(split, gen_kwargs={"rows": splits[split]}) for split in order]
 

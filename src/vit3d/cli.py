@@ -472,7 +472,11 @@ def simulate(
 @app.command()
 def train(
     data: Annotated[
-        str, typer.Option(help="Folder of NAME.tif + NAME.swc, in voxels where it says no unit; may be left out.")
+        str,
+        typer.Option(
+            help="Folder of NAME.tif + NAME.swc or NAME_label.tif, or gold166 as it unpacks; SWCs are in voxels "
+            "where they say no unit. Left out: simulated neurons alone."
+        ),
     ] = "",
     init: Annotated[
         str, typer.Option(help="2D ViT to inflate, or a vit3d checkpoint to go on from.")
@@ -480,8 +484,23 @@ def train(
     out: Annotated[str, typer.Option(help="Folder of the run.")] = "run",
     strategy: Annotated[str, typer.Option(help="center, average or random.")] = "center",
     prediction: Annotated[str, typer.Option(help="volume, or center_slice: the paper's mode.")] = "volume",
-    validate: Annotated[str, typer.Option(help="Names of neurons to validate on, comma-separated.")] = "",
+    validate: Annotated[
+        str, typer.Option(help="Neurons kept out to validate on: names, comma-separated, or a split, such as test.")
+    ] = "",
+    split_file: Annotated[
+        str | None, typer.Option(help='CSV (name,split) or JSON {"train": [names], ...}; only "train" is trained on.')
+    ] = None,
     spacing: Spacing = None,
+    spacing_table: Annotated[
+        str | None, typer.Option(help="CSV (name,z_um,y_um,x_um); scaling_gold.csv in the folder is found by itself.")
+    ] = None,
+    gold: Annotated[
+        str | None, typer.Option(help="Pattern of the SWCs to take for golds, such as '*_resampled.swc'.")
+    ] = None,
+    align: Annotated[bool, typer.Option(help="Move each gold onto its image.")] = True,
+    keep_misplaced: Annotated[
+        bool, typer.Option("--keep-misplaced", help="Take SWCs that do not lie on their images, too.")
+    ] = False,
     simulated: Annotated[int, typer.Option(help="Simulated neurons mixed in.")] = 32,
     max_steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 2000,
     batch_size: Annotated[int, typer.Option(help="Crops per batch and process.")] = 8,
@@ -490,7 +509,9 @@ def train(
     head_rate: Annotated[float, typer.Option(help="Peak learning rate of new weights.")] = 1e-3,
     layer_decay: Annotated[float, typer.Option(help="Factor of the rate from a layer to the one below; 1 is off.")] = 1,
     warmup_steps: Annotated[int, typer.Option(help="Steps over which rates rise; then they fall as a cosine.")] = 100,
-    ema_decay: Annotated[float, typer.Option(help="Of the average of weights, which is kept; 0 is off.")] = 0.995,
+    ema_decay: Annotated[
+        float, typer.Option(help="Of the average of weights, which is kept: over about 1 / (1 - it) steps; 0 is off.")
+    ] = 0.995,
     cldice_weight: Annotated[float, typer.Option(help="Of the soft-clDice term; 0 is off.")] = 0,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
     mixed_precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
@@ -498,7 +519,9 @@ def train(
     save_every: Annotated[int, typer.Option(help="Steps between states that --resume goes on from.")] = 250,
     log_every: Annotated[int, typer.Option(help="Steps between lines of metrics.jsonl.")] = 10,
     log_with: Annotated[str, typer.Option(help="Trackers of Accelerate, such as tensorboard, comma-separated.")] = "",
-    num_workers: Annotated[int, typer.Option(help="Processes that cut crops, per process that trains.")] = 1,
+    num_workers: Annotated[
+        int | None, typer.Option(help="Processes that cut crops, per process that trains; default 1, on a GPU up to 8.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(help="Crops and new weights.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, as if never stopped.")] = False,
@@ -513,7 +536,8 @@ def train(
     new_folder(Path(out))
     names = tuple(name for name in validate.split(",") if name)
     config = TrainingConfig(
-        data, init, out, strategy, prediction, names, triple(spacing, "--spacing"), simulated,
+        data, init, out, strategy, prediction, names, split_file, triple(spacing, "--spacing"), gold, spacing_table,
+        align=align, keep_misplaced=keep_misplaced, simulated=simulated,
         max_steps=max_steps, batch_size=batch_size, accumulation=accumulation, encoder_rate=encoder_rate,
         head_rate=head_rate, layer_decay=layer_decay, warmup_steps=warmup_steps, ema_decay=ema_decay,
         cldice_weight=cldice_weight, gradient_checkpointing=gradient_checkpointing, mixed_precision=mixed_precision,

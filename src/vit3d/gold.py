@@ -81,19 +81,19 @@ def lies_on_image(tree: NeuronTree, volume: Volume, *, polarity: str = "bright")
 
 
 def likely_cause(tree: NeuronTree, volume: Volume, *, polarity: str = "bright") -> str:
-    """One sentence on why a trace does not lie on its image: flipped, swapped, in um, the other polarity."""
+    """Why a trace does not lie on its image: flipped, swapped, in um, the other polarity; and what mends it."""
     if lies_on_image(tree, volume, polarity=polarity):
         return "The trace lies on the image."
     other = "dark" if polarity == "bright" else "bright"
-    guesses = [(what, _standing(moved, volume, polarity)) for what, moved in _other_places(tree, volume)]
-    guesses += [(f"the image is taken as {other} neurites", _standing(tree, volume, other))]
-    what, standing = max(guesses, key=lambda guess: guess[1])
+    guesses = [(why, _standing(moved, volume, polarity)) for why, moved in _other_places(tree, volume)]
+    guesses += [(f"the image is taken as {other} neurites.", _standing(tree, volume, other))]
+    why, standing = max(guesses, key=lambda guess: guess[1])
     if standing <= _LOWEST_STANDING:
         return (
             "The trace lies nowhere near bright structure, flipped, swapped or rescaled: "
             "check that it belongs to this image."
         )
-    return f"The trace does not lie on the image as it is; it does when {what}."
+    return f"The trace does not lie on the image as it is; it does when {why}"
 
 
 def untraced_structure(
@@ -207,15 +207,16 @@ def _standing(tree: NeuronTree, volume: Volume, polarity: str) -> float:
 
 
 def _other_places(tree: NeuronTree, volume: Volume) -> Iterator[tuple[str, NeuronTree]]:
-    """Usual mistakes undone: (what was done in words, the tree in voxels)."""
+    """Usual mistakes undone: (what was done and what mends it, in words; the tree in voxels)."""
     tree = in_voxels(tree)
     for axis, size in enumerate(volume.shape):
         name = _AXES[axis]
-        yield f"{name} is flipped ({name} -> {size - 1} - {name})", tree.flipped(axis, size - 1)
+        flip = f"`vit3d convert --unit voxel --flip {name}:{size - 1}`"
+        yield f"{name} is flipped ({name} -> {size - 1} - {name}): {flip} does that.", tree.flipped(axis, size - 1)
     for a, b in ((1, 2), (0, 2), (0, 1)):
         order = [0, 1, 2]
         order[a], order[b] = order[b], order[a]
-        yield f"{_AXES[a]} and {_AXES[b]} are swapped", replace(tree, points=tree.points[:, order])
+        yield f"{_AXES[a]} and {_AXES[b]} are swapped.", replace(tree, points=tree.points[:, order])
     if volume.spacing_um is not None:
         as_um = tree.points / np.array(volume.spacing_um)
-        yield "its coordinates are read as um", replace(tree, points=as_um)
+        yield "its coordinates are read as um: a line `# unit: um` in the SWC says so.", replace(tree, points=as_um)

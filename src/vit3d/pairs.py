@@ -118,6 +118,14 @@ def split_of(neuron: str) -> str:
     return "test" if share < TEST_SHARE else "train"
 
 
+def splits_of(rows: list[dict], split_file: str | Path | None = None) -> dict[str, str]:
+    """A row's name -> its split: the file's, by name or by neuron, else `split_of`."""
+    chosen = read_split_file(split_file, rows) if split_file else {}
+    return {
+        row["name"]: chosen.get(row["name"]) or chosen.get(row["neuron"]) or split_of(row["neuron"]) for row in rows
+    }
+
+
 def read_split_file(path: str | Path, rows: list[dict]) -> dict[str, str]:
     """Split by name: JSON `{"train": [names], "test": [names]}`, or a CSV with the columns name, split.
 

@@ -32,6 +32,7 @@ class TrainingVolume:
     statistics: IntensityStatistics
     neurite: np.ndarray  # (N,) flat indices of neurite voxels
     candidates: np.ndarray  # (M,) flat indices of a sample of `mask` where a label is known
+    shift_vox: tuple[float, float, float] = (0.0, 0.0, 0.0)  # by which the gold was moved before it was painted
     folder: Path | None = None  # where its arrays are memory-mapped from
 
     @classmethod
@@ -59,7 +60,7 @@ class TrainingVolume:
         try:
             for array in _ARRAYS:
                 np.save(partial / f"{array}.npy", getattr(self, array), allow_pickle=False)
-            facts = {"name": self.name, "statistics": self.statistics.to_dict()}
+            facts = {"name": self.name, "statistics": self.statistics.to_dict(), "shift_vox": self.shift_vox}
             (partial / "facts.json").write_text(json.dumps(facts))
             if not folder.is_dir():
                 partial.rename(folder)
@@ -76,7 +77,8 @@ class TrainingVolume:
         folder = Path(folder)
         facts = json.loads((folder / "facts.json").read_text())
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
-        return cls(facts["name"], statistics=IntensityStatistics(**facts["statistics"]), folder=folder, **arrays)
+        statistics, shift_vox = IntensityStatistics(**facts["statistics"]), tuple(facts["shift_vox"])
+        return cls(facts["name"], statistics=statistics, shift_vox=shift_vox, folder=folder, **arrays)
 
     def __reduce__(self):
         """A worker that is started anew gets the folder's name, not its voxels."""

@@ -18,8 +18,9 @@ from accelerate import Accelerator
 
 from .model.image_processing_vit3d import ViT3DImageProcessor
 
-# what a resumed run may change: where its files are, and how often and with what it is watched
-FREE = ("out", "data", "save_every", "log_every", "log_with", "num_workers", "device")
+# what a resumed run may change: where its files are (what they say is in `neurons` and `validate`), and how often and
+# with what it is watched
+FREE = ("out", "data", "split_file", "spacing_table", "save_every", "log_every", "log_with", "num_workers", "device")
 _SHOWN = 80  # characters of a value in a sentence
 
 

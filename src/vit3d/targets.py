@@ -10,6 +10,8 @@ from .tree import NeuronTree
 IGNORED = -100
 TRAILMAP_CODES = {0: IGNORED, 1: 0, 2: 1, 3: 0, 4: IGNORED}  # unlabelled, background, axon, artefact, edge
 _PAIRS_PER_CHUNK = 2_000_000  # (point, voxel) pairs held at once: about 100 MB
+_LARGEST_SHARE = 0.2  # of its stack that a neuron fills by its radii; neurons fill about 0.003
+_WIDEST_SOMA_VOX = 100.0
 
 
 def paint(
@@ -51,11 +53,12 @@ def training_labels(
     """(Z, Y, X) int8: 1 neurite, 0 background, -100 ignored by the loss.
 
     The neurite has radii between `min_radius_vox` and `max_radius_vox`. Ignored are what a thicker neurite or
-    a soma has beyond, a rim of `ignore_vox` voxels around it all (no gold knows the border that well), and
-    `untraced`, (Z, Y, X) bool: bright structure that no gold covers.
+    a soma has beyond (not where `radii_fit` says no), a rim of `ignore_vox` voxels around it all (no gold knows the
+    border that well), and `untraced`, (Z, Y, X) bool: bright structure that no gold covers.
     """
     neurite = paint(tree, shape, min_radius_vox=min_radius_vox, max_radius_vox=max_radius_vox)
-    whole = paint(tree, shape, min_radius_vox=min_radius_vox)
+    widest = _WIDEST_SOMA_VOX if radii_fit(tree, shape) else max_radius_vox
+    whole = paint(tree, shape, min_radius_vox=min_radius_vox, max_radius_vox=widest)
     labels = np.zeros(shape, np.int8)
     if untraced is not None:
         if untraced.shape != tuple(shape):
@@ -64,6 +67,17 @@ def training_labels(
     labels[ndimage.binary_dilation(whole, _ball(ignore_vox))] = IGNORED
     labels[neurite] = 1
     return labels
+
+
+def radii_fit(tree: NeuronTree, shape: tuple[int, int, int]) -> bool:
+    """Whether the radii can be those of a neuron in a stack of `shape` (Z, Y, X): it would not fill a fifth of it.
+
+    Radii in nm, or in um where one voxel is far less, would, and no background were left to learn from.
+    """
+    tree = in_voxels(tree)
+    one, other = tree.radii, tree.radii[np.where(tree.parents < 0, np.arange(len(tree)), tree.parents)]
+    frustums = np.pi / 3 * _edge_lengths(tree) * (one**2 + one * other + other**2)
+    return bool(frustums.sum() <= _LARGEST_SHARE * np.prod(np.array(shape) * _x_voxels(tree.spacing_um)))
 
 
 def labels_from_codes(codes: np.ndarray, meaning: dict[int, int] | None = None) -> np.ndarray:
@@ -100,12 +114,16 @@ def sample_balls(tree: NeuronTree, step_vox: float) -> tuple[np.ndarray, np.ndar
 
 def sample_edges(tree: NeuronTree, step_vox: float) -> tuple[np.ndarray, np.ndarray]:
     """(M,) rows and (M,) fractions of the way from each row to its parent; a root stands for itself, once."""
-    ends = tree.points[np.where(tree.parents < 0, np.arange(len(tree)), tree.parents)]
-    lengths = np.linalg.norm((tree.points - ends) * _x_voxels(tree.spacing_um), axis=1)
-    counts = np.maximum(np.ceil(lengths / step_vox), 1).astype(int)
+    counts = np.maximum(np.ceil(_edge_lengths(tree) / step_vox), 1).astype(int)
     rows = np.repeat(np.arange(len(tree)), counts)
     nth = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
     return rows, nth / np.repeat(counts, counts)
+
+
+def _edge_lengths(tree: NeuronTree) -> np.ndarray:
+    """(N,) x-voxels from each node to its parent; 0 for a root."""
+    ends = tree.points[np.where(tree.parents < 0, np.arange(len(tree)), tree.parents)]
+    return np.linalg.norm((tree.points - ends) * _x_voxels(tree.spacing_um), axis=1)
 
 
 def voxels_near(

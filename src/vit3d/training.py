@@ -8,9 +8,11 @@ Several processes: `accelerate launch --multi_gpu --num_processes N -m vit3d.tra
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from accelerate import Accelerator
@@ -19,10 +21,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from .bigneuron import find_pairs
 from .checkpoint import load_checkpoint, place_of
 from .cldice import soft_cldice_loss
-from .launching import start_accelerator
+from .launching import num_workers, start_accelerator
 from .model.auto_vit3d import register
 from .model.configuration_vit3d import ViT3DConfig
 from .model.image_processing_vit3d import ViT3DImageProcessor
@@ -31,12 +32,13 @@ from .optimization import freeze, optimizer_and_schedule, parameter_groups
 from .patches import CropDataset
 from .run_folder import Log, RunFolder, copy_checkpoint, save
 from .training_config import TrainingConfig
-from .training_data import neuron_facts, read_gold, refuse_unknown_names, training_volumes
+from .training_data import chosen_neurons, neuron_facts, read_gold, training_volumes
 
 __all__ = ["TrainingConfig", "TrainingRun", "initial_model", "parameter_groups", "read_gold", "save", "train"]
 
 
 _DRAWING_S = 10.0  # seconds between two pictures of the curve: one takes as long as some steps
+_LONGEST_WAIT = 0.05  # of a step's time, for its crops
 
 
 def train(config: TrainingConfig, resume: bool = False) -> Path:
@@ -49,12 +51,13 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
     device, neuron, tracker or network. ValueError, while it runs: the loss is not finite.
     """
     accelerator = start_accelerator(config)
+    if not accelerator.is_main_process:
+        warnings.simplefilter("ignore", UserWarning)  # one process says it
     register()
-    rows = find_pairs(config.data) if config.data else []
+    rows, config = chosen_neurons(config)
     folder = RunFolder(config.out)
     facts = {**asdict(config), "num_processes": accelerator.num_processes, "neurons": neuron_facts(rows)}
     folder.refuse_unless_free(facts, resume)
-    refuse_unknown_names(config, rows)
     if folder.step == config.max_steps:  # it is finished
         return folder.best if config.validate else folder.last
     set_seed(config.seed)
@@ -95,6 +98,7 @@ class TrainingRun:
         set_seed(config.seed, device_specific=True)
         if folder.newest_state:
             self._resume(folder.newest_state)
+        self.num_workers = num_workers(config, accelerator)
         self.clock, self.drawn = Clock(), Pause(_DRAWING_S)
         self.log = Log(folder, accelerator)
         if config.log_with:
@@ -129,7 +133,7 @@ class TrainingRun:
             self.crops,
             batch_size=self.config.batch_size,
             sampler=range(self.step * per_step, len(self.crops)),
-            num_workers=self.config.num_workers,
+            num_workers=self.num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
             generator=torch.Generator(),  # its own: starting workers must not draw from the network's random numbers
         )
@@ -203,6 +207,7 @@ class TrainingRun:
             self._validate()
         if self.accelerator.is_main_process and (self.step == self.config.max_steps or self.drawn.passed()):
             self._draw()
+            self._warn_of_waiting()
         self.folder.save_state(self.accelerator, self.step, self._save_the_rest)
         self.clock.restart()
 
@@ -219,6 +224,12 @@ class TrainingRun:
 
         plot_training(self.folder.rows(), self.folder.curve)
         self.drawn = Pause(_DRAWING_S)
+
+    def _warn_of_waiting(self) -> None:
+        waits = [row["data_wait"] for row in self.folder.rows() if "data_wait" in row]
+        if self.num_workers and waits and fmean(waits) > _LONGEST_WAIT:
+            more = f"--num-workers {2 * self.num_workers} instead of {self.num_workers}"
+            warnings.warn(f"Steps wait {fmean(waits):.0%} of their time for crops; try {more}.", stacklevel=2)
 
     def _save_the_rest(self, state: Path) -> None:
         self.accelerator.unwrap_model(self.model).config.save_pretrained(state)

@@ -11,11 +11,16 @@ DEVICES = ("auto", "cpu", "cuda")
 class TrainingConfig:
     """Everything a run depends on; written to `OUT/training.json`.
 
-    data: folder of stacks and golds (`NAME.tif` + `NAME.swc`, in voxels where it says no unit); may be "".
+    data: folder of stacks and golds (layouts: `vit3d.pairs`; SWCs in voxels where they say no unit); may be "".
     init: a 2D ViT (Hub id or folder) to inflate with `strategy`, or a vit3d checkpoint to go on from.
     prediction: "volume", or "center_slice": the paper's mode, five slices in and their centre out.
-    validate: names of neurons kept out of training; the checkpoint with the best mean F1 on them is kept.
-    spacing_um: voxel size (z, y, x) of the stacks; it overrides what they say themselves.
+    validate: names of neurons kept out of training, or of a split, which stands for its neurons with an SWC; the
+    checkpoint with the best mean F1 on them is kept.
+    split_file: see `vit3d.pairs.read_split_file`. With it, or with a split in `validate`, only the split "train" is
+    trained on; without, every neuron that does not validate.
+    spacing_um: voxel size (z, y, x) of the stacks; it overrides what they say themselves and `spacing_table`.
+    gold, spacing_table: see `vit3d.pairs.find_pairs`.
+    align: move each gold onto its image first. keep_misplaced: take golds that do not lie on their images, too.
     simulated: how many simulated neurons are mixed in, and `simulated_share` of the crops they get.
     max_steps: optimiser steps; each takes `accumulation` batches of `batch_size` crops on every process.
     encoder_rate, head_rate: peak learning rates of what was inherited and of what is new. The encoder's rate
@@ -24,6 +29,7 @@ class TrainingConfig:
     ema_decay: of the average of the weights, which is what is kept and validated; 0.0 keeps the weights themselves.
     cldice_weight: of the soft-clDice term (`vit3d.cldice`), 0.0 leaves it out.
     save_every, validate_every, log_every: steps between two of each; all three happen at the last step too.
+    num_workers: processes that cut crops, for each that trains; None is one, and up to eight beside a GPU.
     log_with: trackers that Accelerate knows, comma-separated; `metrics.jsonl` is always written.
     device: "auto", "cpu", or "cuda", which is refused where there is none.
     """
@@ -34,7 +40,12 @@ class TrainingConfig:
     strategy: str = "center"
     prediction: str = "volume"
     validate: tuple[str, ...] = ()
+    split_file: str | None = None
     spacing_um: tuple[float, float, float] | None = None
+    gold: str | None = None
+    spacing_table: str | None = None
+    align: bool = True
+    keep_misplaced: bool = False
     simulated: int = 32
     simulated_share: float = 0.4
     max_steps: int = 2000
@@ -54,7 +65,7 @@ class TrainingConfig:
     validate_every: int = 500
     save_every: int = 250
     log_every: int = 10
-    num_workers: int = 1
+    num_workers: int | None = None
     log_with: str = ""
     device: str = "auto"
 
@@ -62,7 +73,7 @@ class TrainingConfig:
         at_least_one = ("max_steps", "batch_size", "accumulation", "validate_every", "save_every", "log_every")
         least = dict.fromkeys(at_least_one, 1) | dict.fromkeys(("simulated", "warmup_steps", "num_workers", "seed"), 0)
         for name, value in least.items():
-            if getattr(self, name) < value:
+            if getattr(self, name) is not None and getattr(self, name) < value:
                 raise ValueError(f"`{name}` must be at least {value}, got {getattr(self, name)}.")
         for name in ("encoder_rate", "head_rate", "weight_decay", "cldice_weight"):
             if not (isfinite(getattr(self, name)) and getattr(self, name) >= 0):

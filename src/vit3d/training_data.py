@@ -1,7 +1,7 @@
 """What a network is trained on: pairs of stack and gold, made ready, and simulated neurons beside them."""
 
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +9,13 @@ from tqdm import tqdm
 
 from . import annotation
 from .gold import align_gold, check_bounds, lies_on_image, likely_cause, untraced_structure
+from .model.configuration_vit3d import ViT3DConfig
 from .model.image_processing_vit3d import ViT3DImageProcessor
 from .model.intensity_vit3d import measure
-from .patches import TrainingVolume, prepared
+from .pairs import find_pairs, splits_of
+from .patches import CropDataset, TrainingVolume, prepared
 from .simulate import random_neuron
-from .targets import training_labels
+from .targets import radii_fit, training_labels
 from .training_config import TrainingConfig
 from .tree import NeuronTree
 from .volume import Volume
@@ -22,21 +24,37 @@ MIN_RADIUS_VOX = 1.5  # thinner than that a neurite has no inside for a network 
 _SIMULATED_SEEDS = 10_000  # neurons of one training seed; nobody trains on the seeds below the first of them
 
 
-def neuron_facts(rows: list[dict]) -> dict[str, list[int]]:
-    """Name -> bytes of its files: what tells one data folder from another, wherever it lies."""
-    files = ("image", "swc", "label")
-    return {row["name"]: [Path(row[key]).stat().st_size for key in files if row.get(key)] for row in rows}
+def chosen_neurons(config: TrainingConfig) -> tuple[list[dict], TrainingConfig]:
+    """Rows of the neurons that take part, as `find_pairs` gives them, and the configuration with `validate` as names.
 
-
-def refuse_unknown_names(config: TrainingConfig, rows: list[dict]) -> None:
-    """ValueError: `validate` names what the folder does not hold, or what no tree can be scored against."""
-    known = {row["name"]: row for row in rows}
-    unknown = sorted(set(config.validate) - known.keys())
-    if unknown:
-        raise ValueError(f"--validate names {unknown}, which {config.data or 'an empty --data'} does not hold.")
-    treeless = sorted(name for name in config.validate if not known[name]["swc"])
+    Stacks without a gold are named in a warning. FileNotFoundError, ValueError: as `find_pairs` and
+    `read_split_file`; `validate` names what the folder does not hold, or what no tree can be scored against.
+    """
+    rows = find_pairs(config.data, gold=config.gold, spacing_table=config.spacing_table) if config.data else []
+    splits = splits_of(rows, config.split_file)
+    named = set(config.validate) - splits.keys()
+    known = {"train", "test", *splits.values()}
+    if named - known:
+        where = config.data or "an empty --data"
+        raise ValueError(f"--validate names {sorted(named - known)}, which {where} does not hold.")
+    treeless = sorted(row["name"] for row in rows if row["name"] in config.validate and not row["swc"])
     if treeless:
         raise ValueError(f"--validate names {treeless}, which have no SWC to score a tree against.")
+    asked = {row["name"] for row in rows if row["swc"] and splits[row["name"]] in named} | set(config.validate) - named
+    for split in sorted(named - {splits[name] for name in asked}):
+        raise ValueError(f"--validate {split}: no neuron with an SWC is in that split; name neurons, or --split-file.")
+    if named or config.split_file:
+        rows = [row for row in rows if row["name"] in asked or splits[row["name"]] == "train"]
+    return rows, replace(config, validate=tuple(row["name"] for row in rows if row["name"] in asked))
+
+
+def neuron_facts(rows: list[dict]) -> dict[str, list[float]]:
+    """Name -> bytes of its files and its voxel size: what tells one data folder from another, wherever it lies."""
+    files = ("image", "swc", "label")
+    return {
+        row["name"]: [*(Path(row[key]).stat().st_size for key in files if row.get(key)), *(row["spacing_um"] or ())]
+        for row in rows
+    }
 
 
 def training_volumes(
@@ -45,8 +63,8 @@ def training_volumes(
     """Real and simulated volumes, memory-mapped from `store`, and the weight with which each is drawn.
 
     One volume at a time is in memory, and what `store` already holds is not made again. A pair whose gold does
-    not lie on its image is left out, with a warning that says why. ValueError: a gold outside its image's bounds,
-    or nothing is left to train on.
+    not lie on its image is left out, with a warning that says why; so are shifts reported. ValueError: a gold
+    outside its image's bounds, or nothing is left to train on.
     """
     volumes, left_out = [], []
     for row in tqdm([row for row in rows if row["name"] not in config.validate], desc="read golds", disable=None):
@@ -56,6 +74,7 @@ def training_volumes(
             left_out.append(str(error))
     if left_out:
         warnings.warn(f"Left out of training: {' '.join(left_out)}", stacklevel=2)
+    warn_of_shifts({volume.name: volume.shift_vox for volume in volumes})
     share = config.simulated_share if volumes else 1.0
     weights = [(1 - share) / max(1, len(volumes))] * len(volumes)
     for index in tqdm(range(config.simulated), desc="simulate", disable=None):
@@ -67,22 +86,55 @@ def training_volumes(
     return volumes, weights
 
 
+def crop_dataset(data: str | Path, network: ViT3DConfig, length: int, store: str | Path, **options) -> CropDataset:
+    """`length` crops of a folder's neurons as `train` cuts them, for other people's loops: transformers' Trainer, PEFT.
+
+    store: folder in which the volumes lie while crops are cut. options: of `TrainingConfig`: seed, split_file,
+    validate (left out here), align, simulated (0 by default), ...
+    """
+    asked = TrainingConfig(str(data), "", "", **{"simulated": 0, **options})
+    rows, asked = chosen_neurons(asked)
+    processor = ViT3DImageProcessor.from_config(network)
+    volumes, weights = training_volumes(asked, rows, processor, Path(store))
+    return CropDataset(volumes, weights, processor, length, asked.seed, network)
+
+
+def warn_of_shifts(shifts: dict[str, tuple[float, ...]]) -> None:
+    """Say which golds are moved onto their images, by how many voxels (z, y, x)."""
+    moved = [f"{name} ({', '.join(f'{step:g}' for step in shift)})" for name, shift in shifts.items() if any(shift)]
+    if moved:
+        warnings.warn(f"Moved onto their images, by voxels (z, y, x): {', '.join(moved)}.", stacklevel=3)
+
+
 class MisplacedError(ValueError):
     """A gold that does not lie on its image."""
 
 
-def read_pair(row: dict, spacing_um=None) -> tuple[Volume, NeuronTree, str]:
-    """Stack, its gold in voxels moved onto it, and the stack's polarity, of a row that has an SWC.
+@dataclass(frozen=True)
+class Pair:
+    """A stack and its gold in voxels, moved onto it by `shift_vox` (z, y, x); and whether neurites are bright."""
 
-    ValueError: the gold has nodes outside the stack. MisplacedError: it does not lie on what is bright there.
+    volume: Volume
+    gold: NeuronTree
+    polarity: str
+    shift_vox: tuple[float, float, float]
+
+
+def read_pair(row: dict, spacing_um=None, *, align: bool = True, keep_misplaced: bool = False) -> Pair:
+    """The pair of a row that has an SWC.
+
+    ValueError: the gold has nodes outside the stack. MisplacedError: it does not lie on what is bright there. Neither
+    with `keep_misplaced`.
     """
-    volume = _read_stack(row, spacing_um)
+    volume = read_stack(row, spacing_um)
     polarity = measure(volume.voxels).polarity
     gold = annotation.read_gold(row, volume, align=False)
-    check_bounds(gold, volume.shape, row["name"])
-    if not lies_on_image(gold, volume, polarity=polarity):
-        raise MisplacedError(f"{row['name']}: {likely_cause(gold, volume, polarity=polarity)}")
-    return volume, align_gold(gold, volume, polarity=polarity)[0], polarity
+    if not keep_misplaced:
+        check_bounds(gold, volume.shape, row["name"])
+        if not lies_on_image(gold, volume, polarity=polarity):
+            raise MisplacedError(f"{row['name']}: {likely_cause(gold, volume, polarity=polarity)}")
+    gold, shift_vox = align_gold(gold, volume, polarity=polarity) if align else (gold, np.zeros(3))
+    return Pair(volume, gold, polarity, tuple(shift_vox.tolist()))
 
 
 def read_gold(path: str | Path, volume: Volume, processor: ViT3DImageProcessor) -> tuple[NeuronTree, str]:
@@ -92,16 +144,17 @@ def read_gold(path: str | Path, volume: Volume, processor: ViT3DImageProcessor) 
     return annotation.read_gold(row, volume, polarity=polarity), polarity
 
 
-def _read_stack(row: dict, spacing_um) -> Volume:
+def read_stack(row: dict, spacing_um=None) -> Volume:
+    """The stack of a row in memory; `spacing_um` overrides the row's, and that the file's own."""
     volume = annotation.read_stack({**row, "spacing_um": spacing_um or row.get("spacing_um")})
     return replace(volume, voxels=np.asarray(volume.voxels))
 
 
 def _key(row: dict, config: TrainingConfig) -> str:
-    """All that a row's volume depends on: its files as they are now, and the spacing."""
+    """All that a row's volume depends on: its files as they are now, the spacing, and how its gold is taken."""
     files = [Path(row[key]).resolve() for key in ("image", "swc", "label") if row[key]]
     facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return repr((row["name"], facts, config.spacing_um or row.get("spacing_um")))
+    return repr((row["name"], facts, config.spacing_um or row.get("spacing_um"), config.align, config.keep_misplaced))
 
 
 def _simulated(seed: int, processor: ViT3DImageProcessor) -> TrainingVolume:
@@ -111,12 +164,14 @@ def _simulated(seed: int, processor: ViT3DImageProcessor) -> TrainingVolume:
 
 
 def _made_ready(row: dict, config: TrainingConfig, processor: ViT3DImageProcessor) -> TrainingVolume:
-    if row["swc"]:
-        volume, gold, polarity = read_pair(row, config.spacing_um)
-        untraced = untraced_structure(volume, gold, polarity=polarity)
-        options = {"min_radius_vox": MIN_RADIUS_VOX, "ignore_vox": 0.0, "untraced": untraced}
-        labels: np.ndarray = training_labels(gold, volume.shape, **options)
-    else:
-        volume = _read_stack(row, config.spacing_um)
-        labels = annotation.read_labels(row, volume.shape)
-    return TrainingVolume.prepare(row["name"], volume.voxels, labels, processor)
+    if not row["swc"]:
+        voxels = read_stack(row, config.spacing_um).voxels
+        return TrainingVolume.prepare(row["name"], voxels, annotation.read_labels(row, voxels.shape), processor)
+    pair = read_pair(row, config.spacing_um, align=config.align, keep_misplaced=config.keep_misplaced)
+    shape = pair.volume.shape
+    if not radii_fit(pair.gold, shape):
+        warnings.warn(f"{row['name']}: by its radii the gold fills its stack; they are not used.", stacklevel=2)
+    untraced = untraced_structure(pair.volume, pair.gold, polarity=pair.polarity)
+    labels = training_labels(pair.gold, shape, min_radius_vox=MIN_RADIUS_VOX, ignore_vox=0.0, untraced=untraced)
+    volume = TrainingVolume.prepare(row["name"], pair.volume.voxels, labels, processor)
+    return replace(volume, shift_vox=pair.shift_vox)
