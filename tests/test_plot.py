@@ -83,8 +83,8 @@ def test_what_the_lines_paint_in_the_picture_is_bright_in_the_image(spacing):
         for other in [*ax.lines, *ax.texts]:
             other.set_visible(False)
     with_tree = rendered(figure)
-    for ax in axes:
-        lines_of(ax).set_visible(False)
+    for ax, label in itertools.product(axes, ("tree", "casing")):
+        lines_of(ax, label).set_visible(False)
     without = rendered(figure)
     painted = np.abs(with_tree - without).sum(axis=-1) > 60
     for ax in axes:
@@ -227,6 +227,19 @@ def test_the_ring_of_the_root_is_explained_where_there_is_one():
     assert [text.get_text() for text in legend.get_texts()] == ["root"]
     assert legend.get_lines()[0].get_markeredgecolor() == "magenta"
     assert not draw_reconstruction(volume, NeuronTree.empty("voxel")).legends
+
+
+@pytest.mark.parametrize("step", [25, 1, 0.1])
+def test_the_line_is_seen_all_along_however_close_its_nodes_lie(step):
+    volume, _ = l_shape(shape=(11, 40, 60))
+    x = np.arange(5, 30 + step / 2, step)
+    points = np.stack([np.full_like(x, 2), np.full_like(x, 4), x], axis=1)
+    figure = draw_reconstruction(volume, NeuronTree(points, np.ones(len(x)), np.arange(len(x)) - 1, unit="voxel"))
+    box = axes_of(figure, "tree xy").get_window_extent()
+    pixels = rendered(figure)
+    row, columns = len(pixels) - box.y1 + box.height * 4.5 / 40, box.x0 + box.width * np.arange(8, 30) / 60
+    line = pixels[round(row), columns.round().astype(int), :3]  # beyond the ring of the root
+    assert (np.ptp(line, axis=1) > 100).all()
 
 
 @pytest.mark.parametrize("name, shown", [("OP_6", "OP_6: cable"), ("n" * 300, "n" * 59 + "…: cable")])

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,13 +14,14 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from transformers.dynamic_module_utils import get_imports
 
 import vit3d
 from hub import Hub, talking_to
 from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation, repository
 from vit3d.checkpoint import load_checkpoint
 from vit3d.cli import main
-from vit3d.model_card import Record, check_card
+from vit3d.model_card import Record, card_of, check_card
 from vit3d.sharing import prepare, share, share_dataset
 
 REPO = "lab/our-network"
@@ -182,6 +184,26 @@ def test_a_checkpoint_of_which_nothing_is_known_has_a_card_that_says_so(tmp_path
         assert words in text, words
 
 
+@pytest.mark.parametrize(
+    "prediction, words", [("volume", "of every voxel of the window"), ("center_slice", "so that `depth` is 1")]
+)
+def test_the_card_says_what_of_a_window_is_predicted(prediction, words, tmp_path):
+    model = tiny_model(prediction)
+    assert words in card_of(Record(), model.config, REPO)
+    depth = model(torch.zeros(1, 1, *model.config.volume_size)).logits.shape[2]
+    assert (depth == 1) == (prediction == "center_slice")
+
+
+def test_the_card_names_the_packages_that_its_code_imports():
+    text = card_of(Record(), ViT3DConfig(), REPO)
+    imported = {name for path in CODE for name in get_imports(Path(vit3d.__file__).parent / "model" / path)}
+    (needed,) = re.findall(r"`pip install (.*?)`", text)
+    comes_with = {"numpy", "huggingface_hub"} | sys.stdlib_module_names  # transformers requires them
+    assert imported - comes_with == {"torch", "transformers"} == set(re.findall(r"[a-z]+", needed)) - {"pillow"}
+    stated = re.search(r"transformers(>=[\d.]+)", needed)[1]
+    assert f'"transformers{stated},' in (CARDS.parent / "pyproject.toml").read_text()
+
+
 def test_words_that_are_there_stay_and_get_what_they_lack(tiny, tmp_path):
     (tiny / "README.md").write_text("---\nlicense: cc-by-4.0\nlanguage: en\n---\n# Our own words\n")
     prepare(tiny, REPO, tmp_path / "shared")
@@ -336,6 +358,30 @@ def test_a_data_set_whose_licence_does_not_let_others_have_it_is_not_shared(pair
     assert not hub.requests
 
 
+# --- every save ------------------------------------------------------------------------------------------------
+
+
+def saves(model) -> dict:
+    """What can be saved of a network, by a name for its folder."""
+    processor = vit3d.ViT3DImageProcessor.from_config(model.config)
+    return {"model": model, "encoder": model.vit3d, "config": model.config, "processor": processor}
+
+
+@pytest.mark.parametrize("name", ["model", "encoder", "config", "processor"])
+def test_any_save_carries_the_code_and_says_where_every_class_is(name, tmp_path):
+    saves(tiny_model())[name].save_pretrained(tmp_path)
+    file = "preprocessor_config.json" if name == "processor" else "config.json"
+    stored = json.loads((tmp_path / file).read_text())
+    places = stored["auto_map"]
+    assert set(places) == {"AutoConfig", "AutoModel", "AutoModelForSemanticSegmentation", "AutoImageProcessor"}
+    if name != "processor":
+        places |= {"pipeline": stored["custom_pipelines"]["neuron-segmentation"]["impl"]}
+    for place in places.values():
+        module, cls = place.split(".")
+        assert f"class {cls}(" in (tmp_path / f"{module}.py").read_text()
+    assert {path.name for path in tmp_path.glob("*.py")} == CODE
+
+
 # --- strangers -------------------------------------------------------------------------------------------------
 
 STRANGER = """
@@ -469,6 +515,38 @@ def test_what_save_pretrained_and_push_to_hub_write_works_for_strangers_too(hub,
     stranger([(source, None) for source in sources], elsewhere, **environment)
     for source in sources:
         assert_theirs_is_ours(elsewhere / "saved", elsewhere, source)
+
+
+EACH = """
+import sys
+sys.modules["vit3d"] = None  # not installed here
+import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation, pipeline
+
+trusted = {"trust_remote_code": True}
+AutoConfig.from_pretrained("config", **trusted)
+AutoImageProcessor.from_pretrained("processor", **trusted)
+AutoModel.from_pretrained("encoder", **trusted)
+model = AutoModelForSemanticSegmentation.from_pretrained("encoder", **trusted)
+assert all(parameter.isfinite().all() for parameter in model.parameters())
+with torch.no_grad():
+    model.head.classifier.bias.fill_(3.0)  # learned here
+model.save_pretrained("theirs")
+again = AutoModelForSemanticSegmentation.from_pretrained("theirs", **trusted)
+assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+print(type(pipeline("neuron-segmentation", model="theirs", **trusted)).__name__)
+"""
+
+
+@pytest.mark.slow
+def test_a_stranger_loads_each_save_alone_and_what_they_save_works_on(tmp_path):
+    for name, thing in saves(tiny_model()).items():
+        thing.save_pretrained(tmp_path / name)
+    environment = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    assert in_a_fresh_process(EACH, tmp_path, **environment) == "NeuronSegmentationPipeline\n"
+    assert {path.name for path in (tmp_path / "theirs").glob("*.py")} == CODE
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("encoder", "theirs"))
+    assert all(torch.equal(value, theirs[f"vit3d.{name}"]) for name, value in ours.items())
 
 
 @pytest.mark.slow

@@ -30,10 +30,19 @@ found = segmenter(stack)
 print(found["probability"].max(), found["mask"].sum())
 ```
 
-This runs the code in this repository: read it first, and pin what you read with `revision="..."`. Where `vit3d-neuron`
-is installed, `found["swc"]` is the tree, `trust_remote_code` is not needed once `vit3d`'s network is imported, and
-`vit3d reconstruct STACK --model {repo_id}` does everything from the shell.
+It takes `pip install torch "transformers>=5.20" pillow`, and `tifffile` to read a TIFF. This runs the code in this
+repository: read it first, and pin what you read with `revision="..."`. To fine-tune, load the network by itself with
+`AutoModelForSemanticSegmentation`, or its encoder with `AutoModel`, and what prepares a stack for it with
+`AutoImageProcessor`: `from_pretrained("{repo_id}", trust_remote_code=True)`.
+
+Where `vit3d-neuron` is installed, `found["swc"]` is the tree, `trust_remote_code` is not needed once `vit3d`'s network
+is imported, and `vit3d reconstruct STACK --model {repo_id}` does everything from the shell.
 """
+
+_OUTPUTS = {
+    "volume": "of every voxel of the window",
+    "center_slice": "of the window's centre slice, so that `depth` is 1 (the pipeline stacks the slices)",
+}
 
 _CARD = """
 # {name}
@@ -56,7 +65,8 @@ grey light-microscopy stack of a neuron.
 - **Normalisation**: once per stack, never per window: background to 0, bright level to 1 (dark neurites on a bright
   ground are found by themselves), gamma 1/{gamma:g}, then minus {mean} and divided by {std}, the grey statistics of the
   photographs that the 2D source was trained on. The image processor does it.
-- **Output**: one logit per voxel; its sigmoid is the probability of neurite.
+- **Output**: logits `(batch, 1, depth, height, width)` {outputs}; their sigmoid is the probability of neurite. Patches
+  that hold only background are not computed and count as background (`select=False` in the pipeline computes them all).
 
 ## Trained on
 
@@ -230,6 +240,7 @@ def _own_words(record: Record, config, repo_id: str, licence: str | None, source
         window=_times(config.volume_size),
         patch=_times(config.patch_size),
         prediction=config.prediction,
+        outputs=_OUTPUTS[config.prediction],
         spacing=spacing,
         gamma=1 / DISPLAY_GAMMA,
         mean=config.image_mean,

@@ -16,7 +16,6 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
 from scipy.spatial import cKDTree
 
 from vit3d.lazy_voxels import projection
@@ -290,8 +289,9 @@ def _draw_tree(axes: list[Axes], tree: NeuronTree, box: _Box, ink: str) -> None:
     roots = tree.points[tree.parents < 0]
     casing = "black" if ink == "white" else "white"  # else a saturated neurite swallows the line
     for ax, view in zip(axes, _VIEWS, strict=True):
-        style = {"linewidths": 1.6, "capstyle": "round", "path_effects": [withStroke(linewidth=3.0, foreground=casing)]}
-        _draw_lines(ax, view, edges, label="tree", **style, **depth)
+        # all of the casing comes first: drawn edge by edge, that of each edge would cover the edge before
+        _draw_lines(ax, view, edges, label="casing", linewidths=3.0, capstyle="round", colors=casing)
+        _draw_lines(ax, view, edges, label="tree", linewidths=1.6, capstyle="round", **depth)
         ax.plot(roots[:, view.right], roots[:, view.down], label="roots", **_ROOT_RING)
 
 
