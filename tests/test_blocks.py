@@ -93,6 +93,23 @@ def test_windows_lie_inside_a_larger_volume_and_overlap_as_much_as_was_asked(ext
     assert all(0 < b - a <= WINDOW[0] - OVERLAP[0] for a, b in pairwise(starts))
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("step", [(4, 3, 2), (2, 7, 8)])
+def test_windows_begin_a_whole_number_of_steps_apart_and_still_cover_and_share_what_was_asked(shape, step):
+    plan = BlockPlan(shape, WINDOW, OVERLAP, step=step)
+    assert_allclose(added_weights(plan), np.ones(shape), atol=1e-6)
+    for axis, size in enumerate(step):
+        starts = sorted({block.start[axis] for block in plan})
+        assert all((start - starts[0]) % size == 0 for start in starts)
+        assert all(0 < b - a <= WINDOW[axis] - OVERLAP[axis] for a, b in pairwise(starts))
+        assert starts[-1] + WINDOW[axis] < max(shape[axis], WINDOW[axis]) + size
+
+
+def test_a_step_beyond_what_two_windows_may_lie_apart_is_refused():
+    with pytest.raises(ValueError, match=r"A `step` of \(4, 8, 13\) leaves windows of \(8, 12, 16\) less than"):
+        BlockPlan((30, 30, 30), WINDOW, OVERLAP, step=(4, 8, 13))
+
+
 def test_a_block_that_reaches_beyond_the_volume_repeats_its_border():
     volume = np.arange(2 * 3 * 4).reshape(2, 3, 4)
     block = Block((-1, -2, 1), (4, 4, 5))

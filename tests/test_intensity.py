@@ -6,6 +6,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy import ndimage
 
 from vit3d.model.intensity_vit3d import (
+    BESIDE_FACTOR,
     BLUR_VOX,
     FAINT_SHARE,
     LEAST_FACTOR,
@@ -79,7 +80,23 @@ def test_a_neurite_on_uneven_ground_is_kept_and_the_ground_is_not(polarity):
     stack = (ground if polarity == "bright" else 255 - ground).clip(0, 255).astype(np.uint8)
     mask = foreground(stack, measure(stack, polarity))
     assert mask[7, :, 96].mean() > 0.99
-    assert mask.mean() < 0.03
+    beside = slice(80, 112)  # the neurite's blocks and those that touch them
+    assert np.delete(mask, beside, axis=2).mean() < 0.005
+
+
+@pytest.mark.parametrize("polarity", ["bright", "dark"])
+def test_a_branch_too_dim_to_be_seen_alone_is_kept_where_it_goes_on_from_a_bright_one(polarity):
+    ground = np.random.default_rng(0).normal(100, 4, (16, 96, 192))
+    ground[6:9, 47:50, :96] += 90
+    ground[6:9, 47:50, 96:] += 4
+    stack = np.rint(ground if polarity == "bright" else 255 - ground).clip(0, 255).astype(np.uint8)
+    statistics = measure(stack, polarity)
+    assert BESIDE_FACTOR * statistics.noise < 3.5 < statistics.threshold - 2 * statistics.noise  # 3.5 after the blur
+    kept = occupied_patches(foreground(stack, statistics), PATCH)
+    assert kept[1:3, 5:7, :12].any(axis=(0, 1)).all()
+    assert kept[1:3, 5:7, 12:14].any(axis=(0, 1)).all()  # from one patch to the next
+    assert kept[:, :, 15:].mean() < 0.01
+    assert not kept[:, 9:].any()
 
 
 def test_a_stack_whose_noise_hides_its_neurites_is_computed_whole():

@@ -100,7 +100,7 @@ def test_windows_of_kept_patches_are_those_of_the_dense_volume(prediction):
     dense = torch.zeros(2, math.prod(grid), painted.shape[1])
     dense[mask.flatten(1)] = painted
     dense = functional.pad(from_patches(dense, grid, size), (1,) * 6)
-    found = head._painted_windows(painted, kept, (2, *grid))
+    found = head._painted_windows(painted, kept, torch.ones(len(painted), dtype=torch.bool), (2, *grid))
     assert torch.equal(found, dense_windows(dense, size, 1, kept))
     raw = head._with_halo(window(prediction, 2))
     assert torch.equal(head._raw_windows(raw, kept), dense_windows(raw, size, HALO, kept))
@@ -146,6 +146,38 @@ def test_a_mask_of_all_ones_is_the_dense_computation(prediction):
     dense = model(pixel_values).logits
     assert dense.shape == (2, 1, *model.config.output_size)
     assert_close(model(pixel_values, grid_mask(prediction, 2)).logits, dense, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("max_tokens", [5, 100])
+def test_padding_to_a_fixed_number_of_tokens_changes_no_logit(prediction, max_tokens):
+    model, pixel_values, mask = tiny_model(prediction), window(prediction, 2), grid_mask(prediction, 2, share=0.4)
+    mask[1] = False
+    mask[1, 0, 0, 1] = True
+    found = model(pixel_values, mask, max_tokens=max_tokens).logits
+    assert_close(found, model(pixel_values, mask).logits, atol=1e-5, rtol=0)
+    assert (to_patches(found, model.config.painted_size)[~mask.flatten(1)] == BACKGROUND_LOGIT).all()
+
+
+def test_a_mask_with_more_patches_than_the_fixed_number_fails(prediction):
+    mask = grid_mask(prediction)
+    with pytest.raises(RuntimeError, match=r"`token_mask` keeps more than 3 patches\."):
+        tiny_model(prediction)(window(prediction), mask, max_tokens=3)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("max_tokens", [None, 6])
+def test_the_whole_network_compiles_into_one_graph(prediction, max_tokens):
+    """Dense, and with a fixed number of tokens; the graph serves any mask and any stack of one size."""
+    model = tiny_model(prediction)
+    compiled = torch.compile(model, fullgraph=True)
+    for seed in range(2):
+        pixel_values = stack(2, 1, *model.config.volume_size, seed=seed)
+        mask = grid_mask(prediction, 2, share=0.3 + 0.1 * seed) if max_tokens else None
+        found = compiled(pixel_values, mask, max_tokens=max_tokens)
+        expected = model(pixel_values, mask)
+        assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
@@ -376,7 +408,7 @@ def test_a_tuple_holds_what_the_output_holds(prediction, base):
     model, flags = (model.vit3d if base else model), {"output_hidden_states": True, "output_attentions": True}
     named = model(window(prediction), **flags)
     plain = model(window(prediction), **flags, return_dict=False)
-    assert len(plain) == len(named.to_tuple()) == 3
+    assert len(plain) == len(named.to_tuple()) == 3 + base  # the encoder's last is what a head paints from
     assert torch.equal(plain[0], named[0])
     for several, expected in zip(plain[1:], named.to_tuple()[1:], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(several, expected, strict=True))

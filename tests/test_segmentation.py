@@ -9,7 +9,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from torch import nn
 
 from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation, ViT3DImageProcessor, Volume, segment
-from vit3d.model.inference_vit3d import FAINT
+from vit3d.model.blocks_vit3d import Block
+from vit3d.model.inference_vit3d import FAINT, batches, window_plan
 from vit3d.model.modeling_vit3d import BACKGROUND_LOGIT, from_patches, to_patches
 
 SHAPES = [(19, 40, 53), (8, 16, 24), (9, 17, 25), (3, 5, 7), (1, 40, 30), (30, 10, 24)]
@@ -119,6 +120,23 @@ def test_faint_probabilities_are_written_as_zero(network, monkeypatch):
     assert found[found > 0].min() >= FAINT
     monkeypatch.setattr("vit3d.model.inference_vit3d.FAINT", 0.5)
     assert_array_equal(segment(network, Volume(voxels), select=False).voxels, np.where(found < 0.5, 0, found))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_all_windows_cut_a_voxel_into_the_same_patch(network, shape):
+    starts = np.array([block.start for block in window_plan(shape, network.config)])
+    assert not ((starts - starts[0]) % network.config.painted_size).any()
+
+
+def test_a_batch_holds_windows_of_like_token_counts_each_window_once():
+    counts = np.sort(np.random.default_rng(0).geometric(0.02, 300).clip(1, 784))
+    masks = [np.arange(784) < count for count in counts]
+    jobs = [(Block((i, 0, 0), (16, 112, 112)), None, mask) for i, mask in enumerate(masks)]
+    found = list(batches(jobs))
+    assert [job for batch in found for job in batch] == jobs
+    tokens, padded = counts.sum(), sum(len(batch) * int(batch[-1][2].sum()) for batch in found)
+    assert padded < 1.2 * tokens
+    assert len(found) < 25
 
 
 def test_no_batch_holds_more_windows_than_asked(network):

@@ -32,7 +32,7 @@ def choose_layout(model, volume: Volume, memory_bytes: int, box: tuple[int, int,
 
 def working_bytes(layout: Layout, config, volume: Volume) -> int:
     """Most memory that the boxes under way take: two that were read, one mask, two that were computed."""
-    reach = [2 * (window - 1) + 2 * 3 * cell for window, cell in zip(config.volume_size, (4, 16, 16), strict=True)]
+    reach = [2 * (window - 1) + 2 * 4 * cell for window, cell in zip(config.volume_size, (4, 16, 16), strict=True)]
     read = np.prod([min(b + r, n) for b, r, n in zip(layout.box, reach, layout.shape, strict=True)], dtype=float)
     chunks = getattr(volume.voxels, "chunks", None) or (1, 1, 1)
     itemsize = np.dtype(volume.voxels.dtype).itemsize

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .block_store import BlockStore, differences
-from .model.inference_vit3d import FAINT, OVERLAP, TOKENS_PER_BATCH
+from .model.inference_vit3d import FAINT, FREE_PADDING, MOST_PADDED, OVERLAP, TOKENS_PER_BATCH
 from .volume import Volume
 
 
@@ -26,7 +26,12 @@ def identity_of(model, volume: Volume, processor, select: bool) -> dict:
         "model": model_digest(model),
         "polarity": processor.polarity,
         "select": select,
-        "windows": {"overlap": OVERLAP, "tokens_per_batch": TOKENS_PER_BATCH, "faint": FAINT},
+        "windows": {
+            "overlap": list(OVERLAP),
+            "tokens_per_batch": TOKENS_PER_BATCH,
+            "padded": [MOST_PADDED, FREE_PADDING],
+            "faint": FAINT,
+        },
     }
 
 

@@ -35,8 +35,8 @@ def segment(
         select: leave out patches that hold only background (cost follows the neuron); False computes everything.
         batch_size: most windows per forward pass; default as many as 4096 tokens allow.
 
-    Windows have the size the network was trained with, overlap
-    by a quarter and are blended. A volume smaller than a window is padded by repeating its border.
+    Windows have the size the network was trained with, overlap by half in z and a quarter in y and x, and are
+    blended. A volume smaller than a window is padded by repeating its border.
     """
     model = model.eval() if device is None else model.eval().to(device)
     probability = predict(

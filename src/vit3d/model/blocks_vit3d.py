@@ -43,11 +43,13 @@ class Block:
 class BlockPlan:
     """Windows of one size that cover a volume, and the weight each voxel of a window has in the result.
 
+    Windows begin at multiples of `step` from the first: where that is a network's patch, neighbours cut their overlap
+    into the same patches, and the last window may reach beyond the volume by less than a step.
     `mode="blend"`: weights fall linearly from the middle of the overlap to its ends and add up to 1 everywhere.
     `mode="crop"`: every voxel is taken from the one window that holds it furthest from its faces.
     """
 
-    def __init__(self, shape, window, overlap, mode: str = "blend"):
+    def __init__(self, shape, window, overlap, mode: str = "blend", step=(1, 1, 1)):
         if mode not in ("blend", "crop"):
             raise ValueError(f"`mode` must be 'blend' or 'crop', got {mode!r}.")
         if any(not 0 <= o < w for o, w in zip(overlap, window, strict=True)):
@@ -56,7 +58,11 @@ class BlockPlan:
             )
         self.shape, self.window, self.overlap = tuple(shape), tuple(window), tuple(overlap)
         axes = list(zip(self.shape, self.window, self.overlap, strict=True))
-        self._starts = [_starts(*axis) for axis in axes]
+        if any(s > w - o for (_, w, o), s in zip(axes, step, strict=True)):
+            raise ValueError(
+                f"A `step` of {tuple(step)} leaves windows of {self.window} less than {self.overlap} shared."
+            )
+        self._starts = [_starts(*axis, s) for axis, s in zip(axes, step, strict=True)]
         profiles = _blend_profiles if mode == "blend" else _crop_profiles
         self._profiles = [profiles(s, w, n) for s, (n, w, _) in zip(self._starts, axes, strict=True)]
 
@@ -100,12 +106,13 @@ def process_blocks(array, function: Callable[[np.ndarray], np.ndarray], plan: Bl
     return assemble(plan, ((block, function(block.read(array))) for block in plan))
 
 
-def _starts(extent: int, window: int, overlap: int) -> list[int]:
+def _starts(extent: int, window: int, overlap: int, step: int) -> list[int]:
     """Evenly spread windows along one axis; a volume smaller than the window sits in its middle."""
     if extent <= window:
         return [-((window - extent) // 2)]
-    count = -(-(extent - overlap) // (window - overlap))
-    return [round(i * (extent - window) / (count - 1)) for i in range(count)]
+    last = -(-(extent - window) // step)  # in steps, as is the furthest that two neighbours may lie apart
+    count = 1 + -(-last // ((window - overlap) // step))
+    return [step * round(i * last / (count - 1)) for i in range(count)]
 
 
 def _blend_profiles(starts: list[int], window: int, extent: int) -> dict[int, np.ndarray]:

@@ -13,8 +13,9 @@ from .blocks_vit3d import Block, BlockPlan, assemble
 from .image_processing_vit3d import ViT3DImageProcessor
 from .intensity_vit3d import IntensityStatistics
 
-OVERLAP = 0.25  # of the window, shared with each neighbour and blended
+OVERLAP = (0.5, 0.25, 0.25)  # of the window (z, y, x), shared with each neighbour and blended
 TOKENS_PER_BATCH = 4096
+MOST_PADDED, FREE_PADDING = 1.25, 4  # a batch's largest row may hold so many times the tokens of its smallest, and 4
 FAINT = 1 / 512  # less than half a level of an 8-bit picture: written as 0, so that background stays empty
 
 Job = tuple[Block, Block, np.ndarray]  # window to read, block to write, token mask
@@ -49,8 +50,13 @@ def predict(
 
 
 def window_plan(shape: tuple[int, int, int], config) -> BlockPlan:
-    """The windows that cover a volume: the size the network was trained with, a quarter shared with each neighbour."""
-    return BlockPlan(shape, config.output_size, tuple(int(size * OVERLAP) for size in config.output_size))
+    """The windows that cover a volume: the size the network was trained with, and on one grid of patches.
+
+    A token's answer depends on where its patch is cut more than on anything else about its window, so neighbours cut
+    the same patches. Along z a window is only a few patches deep: half of it is shared.
+    """
+    overlap = tuple(int(size * share) for size, share in zip(config.output_size, OVERLAP, strict=True))
+    return BlockPlan(shape, config.output_size, overlap, step=config.painted_size)
 
 
 def occupied_windows(plan: Iterable[Block], mask: np.ndarray, processor: ViT3DImageProcessor, config) -> list[Job]:
@@ -71,13 +77,17 @@ def occupied_windows(plan: Iterable[Block], mask: np.ndarray, processor: ViT3DIm
 
 
 def batches(jobs: list[Job], batch_size: int | None = None) -> Iterator[list[Job]]:
-    """Windows of similar token count together, so that little is padded."""
+    """Windows of similar token count together, so that little is padded; `jobs` come fewest tokens first."""
     most = batch_size or len(jobs)
-    batch = []
+    batch, least = [], 0
     for job in jobs:
-        if batch and (len(batch) == most or (len(batch) + 1) * job[2].sum() > TOKENS_PER_BATCH):
+        tokens = int(job[2].sum())
+        full = len(batch) == most or (len(batch) + 1) * tokens > TOKENS_PER_BATCH
+        if batch and (full or tokens > MOST_PADDED * least + FREE_PADDING):
             yield batch
             batch = []
+        if not batch:
+            least = tokens
         batch.append(job)
     if batch:
         yield batch

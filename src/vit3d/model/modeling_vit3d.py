@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -43,11 +44,27 @@ def from_patches(patches: torch.Tensor, grid_size: tuple[int, int, int], patch_s
     return volume.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
-def pack_tokens(token_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(batch, num_patches) bool -> indices of the kept patches, padded to the longest row, and which are real."""
-    longest = max(1, int(token_mask.sum(1).max()))
-    indices = token_mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
+def pack_tokens(token_mask: torch.Tensor, max_tokens: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(batch, num_patches) bool -> indices of the kept patches, padded by patches left out, and which are real.
+
+    Rows are as long as the longest, or `max_tokens` long: the shape is then known before the mask is, so that
+    `torch.compile` gets one graph. A row that keeps more fails.
+    """
+    if max_tokens is None:
+        max_tokens = max(1, int(token_mask.sum(1).max()))
+    else:
+        torch._assert_async(
+            token_mask.sum(1).max() <= max_tokens, f"`token_mask` keeps more than {max_tokens} patches."
+        )
+    indices = token_mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :max_tokens]
     return indices, token_mask.gather(1, indices)
+
+
+@dataclass
+class ViT3DModelOutput(BaseModelOutput):
+    """`fused_states`: per depth in `config.fused_layers` the tokens that a head paints from."""
+
+    fused_states: tuple[torch.Tensor, ...] | None = None
 
 
 class ViT3DEmbeddings(nn.Module):
@@ -229,28 +246,34 @@ class ViT3DModel(ViT3DPreTrainedModel):
         self,
         pixel_values: torch.Tensor,
         token_mask: torch.Tensor | None = None,
+        max_tokens: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutput:
+    ) -> ViT3DModelOutput:
         r"""
         Args:
             pixel_values: (batch, channels, depth, height, width), every size a multiple of the patch.
             token_mask: bool (batch, grid_depth, grid_height, grid_width), False = leave this patch out; `None` is
                 dense. Kept patches come first in `last_hidden_state`, in raster order, padded to the longest row
                 (`pack_tokens` gives their indices).
+            max_tokens: pad to so many patches instead; none of the mask's rows may keep more.
         """
         check_input(pixel_values, token_mask, self.config)
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         indices = attention_mask = None
         if token_mask is not None:
-            indices, real = pack_tokens(token_mask.flatten(1))
+            indices, real = pack_tokens(token_mask.flatten(1), max_tokens)
             attention_mask = functional.pad(real, (1, 0), value=True)
         hidden_states = self.embeddings(pixel_values, indices)
         attention_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
+        states = []
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
-        return BaseModelOutput(last_hidden_state=self.layernorm(hidden_states))
+            states.append(hidden_states)
+        # not from recorded `hidden_states`, whose hooks no compiler can trace
+        fused = tuple(states[depth - 1] for depth in self.config.fused_layers)
+        return ViT3DModelOutput(last_hidden_state=self.layernorm(hidden_states), fused_states=fused)
 
 
 class ViT3DHead(nn.Module):
@@ -271,7 +294,11 @@ class ViT3DHead(nn.Module):
         self.classifier = nn.Conv3d(2 * channels, config.num_labels, kernel_size=1)
 
     def forward(
-        self, tokens: torch.Tensor, pixel_values: torch.Tensor, token_mask: torch.Tensor | None
+        self,
+        tokens: torch.Tensor,
+        pixel_values: torch.Tensor,
+        token_mask: torch.Tensor | None,
+        max_tokens: int | None = None,
     ) -> torch.Tensor:
         """Fused tokens (batch, kept patches, fused) -> logits (batch, labels, depth, height, width), fp32."""
         grid_size = tuple(n // p for n, p in zip(pixel_values.shape[2:], self.config.patch_size, strict=True))
@@ -280,13 +307,16 @@ class ViT3DHead(nn.Module):
         if token_mask is None:
             painted = from_patches(painted, grid_size, self.config.painted_size)
             return self._join(functional.pad(painted, (1,) * 6), raw).float()
-        indices, real = pack_tokens(token_mask.flatten(1))
+        indices, real = pack_tokens(token_mask.flatten(1), max_tokens)
         rows = torch.arange(len(indices), device=indices.device).unsqueeze(1).expand_as(indices)
-        kept = torch.stack([rows[real], *torch.unravel_index(indices[real], grid_size)])
-        painted = self._painted_windows(painted[real], kept, (len(tokens), *grid_size))
+        places, painted, real = torch.stack([rows, indices]).flatten(1), painted.flatten(0, 1), real.flatten()
+        if max_tokens is None:  # shapes may follow the mask; else padding is computed, and then painted as background
+            places, painted, real = places[:, real], painted[real], real[real]
+        kept = torch.stack([places[0], *torch.unravel_index(places[1], grid_size)])
+        painted = self._painted_windows(painted, kept, real, (len(tokens), *grid_size))
         patches = self._join(painted, self._raw_windows(raw, kept)).flatten(1).float()
         logits = patches.new_full((len(tokens), math.prod(grid_size), patches.shape[1]), BACKGROUND_LOGIT)
-        logits[rows[real], indices[real]] = patches
+        logits[places[0], places[1]] = patches.where(real[:, None], BACKGROUND_LOGIT)
         return from_patches(logits, grid_size, self.config.painted_size)
 
     def _with_halo(self, raw: torch.Tensor) -> torch.Tensor:
@@ -306,8 +336,10 @@ class ViT3DHead(nn.Module):
             axes.append(voxels.view(len(voxels), *[size + 2 * HALO if a == axis else 1 for a in range(3)]))
         return raw.movedim(1, -1)[row.view(-1, 1, 1, 1), axes[0], axes[1], axes[2]].movedim(-1, 1)
 
-    def _painted_windows(self, painted: torch.Tensor, kept: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
-        """Painted features of the kept patches with a halo of 1 from their neighbours, zero where none was kept.
+    def _painted_windows(
+        self, painted: torch.Tensor, kept: torch.Tensor, real: torch.Tensor, grid: tuple[int, ...]
+    ) -> torch.Tensor:
+        """Painted features of the kept patches with a halo of 1 from their neighbours, zero where none is real.
 
         painted (patches, channels * voxels) -> (patches, channels, pz + 2, py + 2, px + 2); the work follows the
         kept patches, not the window.
@@ -316,7 +348,8 @@ class ViT3DHead(nn.Module):
         row, z, y, x = (index.view(-1, 1, 1, 1) for index in kept)
         # where a kept patch lies in `painted`; one past its end = nothing painted there
         table = torch.full([grid[0], *(n + 2 for n in grid[1:])], len(painted), device=painted.device)
-        table[row, z + 1, y + 1, x + 1] = torch.arange(len(painted), device=painted.device).view(-1, 1, 1, 1)
+        places = torch.arange(len(painted), device=painted.device).where(real, len(painted))
+        table[row, z + 1, y + 1, x + 1] = places.view(-1, 1, 1, 1)
         spans = [torch.arange(-1, n + 1, device=painted.device) for n in size]
         grids = torch.meshgrid(*spans, indexing="ij")
         oz, oy, ox = (g.div(n, rounding_mode="floor") + 1 for g, n in zip(grids, size, strict=True))
@@ -348,7 +381,7 @@ class ViT3DForNeuronSegmentation(ViT3DPreTrainedModel):
         pixel_values: torch.Tensor,
         token_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        output_hidden_states: bool | None = None,
+        max_tokens: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SemanticSegmenterOutput:
         r"""
@@ -358,20 +391,18 @@ class ViT3DForNeuronSegmentation(ViT3DPreTrainedModel):
                 it as background; `None` is dense. The image processor selects, this method never does.
             labels: (batch, depth, height, width), 1 neurite, 0 background, -100 ignored; depth 1 with
                 `prediction="center_slice"`.
+            max_tokens: with a `token_mask`, pad to so many patches in place of the longest row, which may not keep
+                more: what is computed then has a fixed shape, and `torch.compile(fullgraph=True)` takes it.
 
         Logits are fp32, (batch, num_labels, depth, height, width), in any weight dtype.
         """
-        outputs = self.vit3d(pixel_values, token_mask, output_hidden_states=True, **kwargs)
-        # hidden_states[0] is the embedding, [i] the output of layer i
-        fused = torch.cat([outputs.hidden_states[depth] for depth in self.config.fused_layers], dim=-1)
-        pixel_values = pixel_values.to(fused.dtype)
-        logits = self.head(fused[:, 1:], pixel_values, token_mask)
-        loss = segmentation_loss(logits, labels) if labels is not None else None
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        outputs = self.vit3d(pixel_values, token_mask, max_tokens, return_dict=True, **kwargs)
+        fused = torch.cat(outputs.fused_states, dim=-1)
+        logits = self.head(fused[:, 1:], pixel_values.to(fused.dtype), token_mask, max_tokens)
         return SemanticSegmenterOutput(
-            loss=loss,
+            loss=segmentation_loss(logits, labels) if labels is not None else None,
             logits=logits,
-            hidden_states=outputs.hidden_states if wanted else None,
+            hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
