@@ -61,8 +61,9 @@ def test_the_median_that_counts_is_the_median(make):
 
 
 @pytest.mark.parametrize("polarity", ["bright", "dark"])
-def test_what_is_never_blurred_holds_no_neurite(polarity):
+def test_what_is_never_blurred_holds_no_neurite(polarity, monkeypatch):
     """The mask of a stack that is blurred everywhere, with spots at the faces and corners of cells."""
+    monkeypatch.setattr("vit3d.model.intensity_vit3d._TILE", (4, 16, 16))
     voxels = np.full((20, 70, 90), 100.0, dtype=np.float32)
     z, y, x = np.array([(3, 15, 15), (4, 16, 16), (0, 0, 0), (19, 69, 89), (11, 33, 47), (12, 31, 80)]).T
     voxels[z, y, x] += 200.0 if polarity == "bright" else -200.0
