@@ -12,6 +12,8 @@ from vit3d.model.intensity_vit3d import (
     LEAST_FACTOR,
     NOISE_FACTOR,
     IntensityStatistics,
+    _beside,
+    _median,
     blur,
     blur_halo,
     foreground,
@@ -36,6 +38,43 @@ def test_the_blur_is_a_gaussian_truncated_at_three_sigma():
     voxels = np.random.default_rng(0).random((12, 20, 25))
     expected = ndimage.gaussian_filter(voxels, BLUR_VOX, mode="nearest", truncate=3)
     assert_allclose(blur(voxels), expected, rtol=1e-3)
+
+
+def test_the_blur_is_the_same_whatever_tiles_it_is_made_of(monkeypatch):
+    voxels = np.random.default_rng(0).random((20, 40, 50)).astype(np.float32)
+    whole = blur(voxels)
+    monkeypatch.setattr("vit3d.model.intensity_vit3d._TILE", (4, 16, 32))
+    assert_array_equal(blur(voxels), whole)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rng: rng.normal(0, 1, 300_001),
+        lambda rng: rng.normal(0, 1, 300_000).clip(0, None),  # half of them, and so the middle, are equal
+        lambda rng: np.sort(rng.normal(0, 1, 300_000)),
+        lambda rng: np.arange(300_000) % 4 < 2,  # what the sample sees is not what there is
+        lambda rng: np.zeros(1),
+    ],
+)
+def test_the_median_that_counts_is_the_median(make):
+    values = make(np.random.default_rng(0)).astype(np.float32)
+    assert _median(values) == np.median(values)
+
+
+@pytest.mark.parametrize("polarity", ["bright", "dark"])
+def test_what_is_never_blurred_holds_no_neurite(polarity, monkeypatch):
+    """The mask of a stack that is blurred everywhere, with spots at the faces and corners of cells."""
+    monkeypatch.setattr("vit3d.model.intensity_vit3d._TILE", (4, 16, 16))
+    voxels = np.full((20, 70, 90), 100.0, dtype=np.float32)
+    z, y, x = np.array([(3, 15, 15), (4, 16, 16), (0, 0, 0), (19, 69, 89), (11, 33, 47), (12, 31, 80)]).T
+    voxels[z, y, x] += 200.0 if polarity == "bright" else -200.0
+    statistics = IntensityStatistics(100, 1, 200 if polarity == "bright" else 0, polarity)
+    mask = foreground(voxels, statistics)
+    rise = (blur(voxels) - 100) * statistics.sign
+    clear = rise > statistics.threshold
+    assert clear.sum() > 6
+    assert_array_equal(mask, clear | (_beside(clear) & (rise > BESIDE_FACTOR * statistics.noise)))
 
 
 def test_a_blurred_voxel_looks_exactly_as_far_as_the_halo():

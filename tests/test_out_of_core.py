@@ -95,7 +95,7 @@ def test_the_store_holds_what_segment_gives_in_memory(prediction, polarity, tmp_
     found = stored(tmp_path / "out.zarr")
     assert 0.001 < (expected > 0).mean() < 0.7
     assert found.dtype == np.float32
-    assert_allclose(found, expected, atol=2**-12 + 1e-5)  # half a step of float16 below 1
+    assert_allclose(found, expected, atol=2**-12 + 1e-5)  # half a 2048th
     assert ((found > 0) != (expected > 0)).mean() < 1e-4  # at the threshold of what is faint alone
 
 

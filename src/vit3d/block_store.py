@@ -8,24 +8,26 @@ chunk carries a crc32c. Records and leases lie in `0/.vit3d`, where no reader of
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import google_crc32c
 import numpy as np
 import zarr
+from numcodecs import Zstd
 from zarr.codecs import Crc32cCodec, ZstdCodec
-from zarr.storage import MemoryStore
 
 Box = tuple[slice, slice, slice]
 Index = tuple[int, int, int]  # of a write box, in the grid of boxes
 
 CHUNK = (64, 64, 64)
+LEVELS = 2048  # to which probabilities are rounded: above 0.5 as fine as float16, and they compress twice as well
+_ZSTD_LEVEL = 1
 _ARRAY = "0"
 _HOME = f"{_ARRAY}/.vit3d"
 
@@ -74,7 +76,7 @@ def create(out: Path, layout: Layout, manifest: dict) -> "BlockStore":
             shutil.rmtree(stray, ignore_errors=True)
     try:
         group = zarr.create_group(folder, attributes={"ome": _ome(out.stem, layout.spacing_um)})
-        _create_array(group.store_path.store, layout, layout.shape, name=_ARRAY)
+        _create_array(group, layout)
         for name in ("done", "leases"):
             (folder / _HOME / name).mkdir(parents=True)
         metadata = (folder / _ARRAY / "zarr.json").read_text()
@@ -100,8 +102,6 @@ class BlockStore:
                 f"{folder} is no store that `vit3d segment` wrote (its record cannot be read: {error}); "
                 "choose another name or remove it."
             ) from error
-        self._encoded: dict = {}
-        self._encoder = None
 
     @property
     def lease_folder(self) -> Path:
@@ -127,12 +127,12 @@ class BlockStore:
             return sum(entry.name.endswith(".json") for entry in entries)
 
     def write(self, index: Index, voxels: np.ndarray | None, **facts) -> None:
-        """Store a box, float32 rounded to float16's precision; None is a box of zeros. Flushed to disk on return.
+        """Store a box, float32 rounded to whole 2048ths; None is a box of zeros. Flushed to disk on return.
 
-        The rounding is done in `voxels` themselves. `facts` go into the done-record. A second write of the same voxels
+        `facts` go into the done-record. A second write of the same voxels
         changes no byte.
         """
-        data = self._empty_shard() if voxels is None else self._encode(voxels)
+        data = _shard(self.layout, voxels)
         path = self.folder / self.file_of(index)
         for depth in (3, 2, 1):  # never the store's own folder: it may have got its name by now
             path.parents[depth - 1].mkdir(exist_ok=True)
@@ -190,24 +190,6 @@ class BlockStore:
     def _record_path(self, index: Index) -> Path:
         return self.folder / _HOME / "done" / f"{'.'.join(map(str, index))}.json"
 
-    def _encode(self, voxels: np.ndarray) -> bytes:
-        """The bytes of a shard; a box at the volume's end is filled with zeros to its full size."""
-        box = self.layout.box
-        if self._encoder is None:
-            self._encoder = _create_array(MemoryStore(store_dict=self._encoded), self.layout, box)
-        whole = voxels if voxels.shape == box else np.zeros(box, dtype=np.float32)
-        for z in range(len(voxels)):  # slice by slice: no second copy of the box
-            whole[(z, *map(slice, voxels.shape[1:]))] = voxels[z].astype(np.float16)
-        self._encoder[...] = whole
-        buffer = self._encoded.pop("c/0/0/0", None)
-        return self._empty_shard() if buffer is None else buffer.to_bytes()
-
-    def _empty_shard(self) -> bytes:
-        """A shard's index alone, in which no chunk has a place: all ones, then their checksum."""
-        chunks = math.prod(b // c for b, c in zip(self.layout.box, self.layout.chunk, strict=True))
-        index = b"\xff" * (16 * chunks)
-        return index + google_crc32c.value(index).to_bytes(4, "little")
-
 
 def differences(recorded: dict, wanted: dict, prefix: str = "") -> list[str]:
     """'key: recorded, wanted' of what differs, both values named; keys of nested records are joined by dots."""
@@ -221,18 +203,47 @@ def differences(recorded: dict, wanted: dict, prefix: str = "") -> list[str]:
     return found
 
 
-def _create_array(store, layout: Layout, shape: tuple[int, int, int], name: str | None = None) -> zarr.Array:
-    return zarr.create_array(
-        store,
-        name=name,
-        shape=shape,
+def _create_array(group: zarr.Group, layout: Layout) -> None:
+    group.create_array(
+        _ARRAY,
+        shape=layout.shape,
         dtype="float32",
         chunks=layout.chunk,
         shards=layout.box,
-        compressors=[ZstdCodec(level=1), Crc32cCodec()],
+        compressors=[ZstdCodec(level=_ZSTD_LEVEL), Crc32cCodec()],
         fill_value=0.0,
         dimension_names=["z", "y", "x"],
     )
+
+
+def _shard(layout: Layout, voxels: np.ndarray | None) -> bytes:
+    """A shard as Zarr writes it: the chunks that hold something, then where each of all lies, with a checksum."""
+    starts = product(*(range(0, b, c) for b, c in zip(layout.box, layout.chunk, strict=True)))
+    chunks, places, end = [], [], 0
+    for start in starts:
+        part = None if voxels is None else voxels[tuple(map(slice, start, np.add(start, layout.chunk)))]
+        chunk = None if part is None or not part.any() else _chunk(part, layout.chunk)
+        if chunk is None:
+            places.append((2**64 - 1, 2**64 - 1))  # this one is left out
+        else:
+            places.append((end, len(chunk)))
+            chunks.append(chunk)
+            end += len(chunk)
+    return b"".join([*chunks, _checked(np.array(places, dtype="<u8").tobytes())])
+
+
+def _chunk(voxels: np.ndarray, shape: tuple[int, int, int]) -> bytes | None:
+    """Rounded and compressed, with a checksum; filled with zeros where the volume ends; None of zeros alone."""
+    levels = np.rint(voxels * np.float32(LEVELS))
+    levels /= np.float32(LEVELS)
+    if not levels.any():
+        return None
+    levels = np.pad(levels, [(0, n - size) for n, size in zip(shape, levels.shape, strict=True)])
+    return _checked(Zstd(level=_ZSTD_LEVEL).encode(levels))
+
+
+def _checked(data: bytes) -> bytes:
+    return data + google_crc32c.value(data).to_bytes(4, "little")
 
 
 def _ome(name: str, spacing_um: tuple[float, float, float] | None) -> dict:

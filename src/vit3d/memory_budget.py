@@ -12,7 +12,7 @@ import torch
 from .block_store import CHUNK, Layout
 from .model.blocks_vit3d import Block
 from .model.image_processing_vit3d import ViT3DImageProcessor
-from .model.inference_vit3d import TOKENS_PER_BATCH, predict_batch
+from .model.inference_vit3d import TOKENS_PER_BATCH, predict_batches
 from .model.intensity_vit3d import IntensityStatistics
 from .volume import Volume
 
@@ -61,8 +61,8 @@ def _trial(model, volume: Volume, statistics: IntensityStatistics) -> None:
     count = max(1, TOKENS_PER_BATCH // int(np.prod(config.grid_size)))
     window, grid = Block((0, 0, 0), config.volume_size), np.ones(config.grid_size, dtype=bool)
     grid[0, 0, 0] = False  # the selecting path takes more memory than the dense one
-    voxels = np.zeros(config.volume_size, dtype=volume.voxels.dtype)
-    predict_batch(model, voxels, [(window, window, grid)] * count, ViT3DImageProcessor.from_config(config), statistics)
+    voxels, batch = np.zeros(config.volume_size, dtype=volume.voxels.dtype), [(window, window, grid)] * count
+    next(predict_batches(model, voxels, [batch], ViT3DImageProcessor.from_config(config), statistics))
 
 
 def peak_bytes() -> int:

@@ -28,7 +28,7 @@ from .model.inference_vit3d import (
     Job,
     batches,
     occupied_windows,
-    predict_batch,
+    predict_batches,
     window_plan,
     without_faint,
 )
@@ -36,7 +36,7 @@ from .model.intensity_vit3d import IntensityStatistics, foreground_reach
 from .provenance import check_same, check_same_machine, identity_of, machine_of
 from .volume import Volume
 
-_POLL_S = 0.5
+_POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def segment_store(
 ) -> Outcome:
     """`segment`, for a volume that stays on disk, into the OME-Zarr `out`; returns when the whole store is there.
 
-    Arguments as for `segment`. The store holds float32 of float16's precision. Run it again after any interruption,
+    Arguments as for `segment`. The store holds float32, rounded to whole 2048ths. Run it again after any interruption,
     run it from several processes at once: all work on the same store. A finished store is verified, and boxes that
     were damaged since are computed again.
 
@@ -121,46 +121,51 @@ def segment_store(
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     identity = identity_of(model, volume, processor, select)
-    store = _opened(out, model, volume, processor, identity, statistics, options)
+    store, checked = _opened(out, model, volume, processor, identity, statistics, options)
     if store is None:
         return Outcome(out, 0, 0, {}, peak_bytes(), False)
+    if not checked:  # not while others wait for their turn: the trial takes as long as a batch
+        _check_memory_here(store, model, volume, options)
     return _Run(model, volume, out, processor, store, select, options).finish()
 
 
 # ---------------------------------------------------------------- before the first box
 
 
-def _opened(out, model, volume, processor, identity, statistics, options) -> BlockStore | None:
-    """The store to work on; None when it has its name and is whole. One process at a time makes or renames it."""
+def _opened(out, model, volume, processor, identity, statistics, options) -> tuple[BlockStore | None, bool]:
+    """The store to work on, and whether memory was seen to suffice; None when it has its name and is whole.
+
+    One process at a time makes or renames it.
+    """
     with Leases(out.parent, options.expiry_s) as leases, _turn(leases, f".{out.name}.opening"):
         growing = partial_path(out).exists()  # asked first: it may get its name between the two questions
         if out.exists():
             store = BlockStore(out)
             check_same(store, identity, options.box, statistics)
             if not _has_damage(store):
-                return None
-            _check_here(store, model, volume, options)
+                return None, True
+            check_same_machine(store, _adopt_threads(store, model, options), options.force)
+            _check_memory_here(store, model, volume, options)
             os.rename(out, partial_path(out))
+            return BlockStore(partial_path(out)), True
         elif not growing:
             layout = choose_layout(model, volume, options.memory_bytes, options.box)
             statistics = statistics or processor.measure(volume.voxels)
             check_memory(layout, model, volume, statistics, options.memory_bytes)
             manifest = {"identity": identity, "statistics": statistics.to_dict(), "machine": machine_of(model)}
-            return create(out, layout, manifest)
+            return create(out, layout, manifest), True
         try:
             store = BlockStore(partial_path(out))
         except ValueError:
             if out.exists():
-                return None  # verified and named by another process just now
+                return None, True  # verified and named by another process just now
             raise
     check_same(store, identity, options.box, statistics)
-    _check_here(store, model, volume, options)
-    return store
-
-
-def _check_here(store: BlockStore, model, volume: Volume, options: RunOptions) -> None:
-    """This machine may go on with the store, and has the memory."""
     check_same_machine(store, _adopt_threads(store, model, options), options.force)
+    return store, False
+
+
+def _check_memory_here(store: BlockStore, model, volume: Volume, options: RunOptions) -> None:
     statistics = IntensityStatistics(**store.manifest["statistics"])
     check_memory(store.layout, model, volume, statistics, options.memory_bytes)
 
@@ -168,7 +173,7 @@ def _check_here(store: BlockStore, model, volume: Volume, options: RunOptions) -
 @contextmanager
 def _turn(leases: Leases, name: str) -> Iterator[None]:
     while not leases.claim(name):
-        time.sleep(_POLL_S / 5)
+        time.sleep(_POLL_S / 4)
     yield
 
 
@@ -292,10 +297,10 @@ class _Run:
             raise ValueError(f"The volume holds NaN or infinite voxels in {_said(reach)}; replace them before use.")
         if self.select and _is_plain(part.voxels, self.statistics):
             return []
-        mask = np.ones(part.voxels.shape, dtype=bool)
+        mask = None
         if self.select:
-            mask = self.processor.foreground(part.voxels, self.statistics)
-        return occupied_windows(blocks, Part(mask, reach, part.shape), self.processor, self.model.config)
+            mask = Part(self.processor.foreground(part.voxels, self.statistics), reach, part.shape)
+        return occupied_windows(blocks, mask, self.processor, self.model.config)
 
     def _probability(self, index: Index, part: Part, jobs: list[Job]) -> np.ndarray | None:
         """The box, float32; None where it holds nothing."""
@@ -308,10 +313,13 @@ class _Run:
         return without_faint(probability)
 
     def _results(self, part: Part, jobs: list[Job]) -> Iterator[tuple[Block, np.ndarray]]:
-        for batch in batches(jobs):
+        results = predict_batches(self.model, part, batches(jobs), self.processor, self.statistics)
+        while True:
             with self._timed("predict"):
-                results = predict_batch(self.model, part, batch, self.processor, self.statistics)
-            yield from results
+                batch = next(results, None)
+            if batch is None:
+                return
+            yield from batch
 
     def _write(self, index: Index, probability: np.ndarray | None, windows: int, leases: Leases) -> None:
         try:

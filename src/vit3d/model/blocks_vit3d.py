@@ -81,8 +81,12 @@ class BlockPlan:
 
     def weight(self, block: Block, crop: Box = (slice(None),) * 3) -> np.ndarray:
         """(depth, height, width) float32, or a crop of it; over all blocks the weights of a voxel add up to 1."""
-        z, y, x = (self._profiles[axis][start][crop[axis]] for axis, start in enumerate(block.start))
-        return z[:, None, None] * y[:, None] * x
+        z, y, x = self.profiles(block, crop)
+        return z[:, None, None] * (y[:, None] * x)
+
+    def profiles(self, block: Block, crop: Box = (slice(None),) * 3) -> list[np.ndarray]:
+        """Per axis the weights, float32, of which `weight` is the product."""
+        return [self._profiles[axis][start][crop[axis]] for axis, start in enumerate(block.start)]
 
 
 def assemble(plan: BlockPlan, results: Iterable[tuple[Block, np.ndarray]], box: Box | None = None) -> np.ndarray:
@@ -97,7 +101,10 @@ def assemble(plan: BlockPlan, results: Iterable[tuple[Block, np.ndarray]], box: 
         met = [slice(max(b.start, i.start), min(b.stop, i.stop)) for b, i, _ in spans]
         there = tuple(slice(m.start - b.start, m.stop - b.start) for m, (b, _, _) in zip(met, spans, strict=True))
         crop = tuple(slice(m.start - s, m.stop - s) for m, (_, _, s) in zip(met, spans, strict=True))
-        volume[there] += result[crop] * plan.weight(block, crop)
+        shares, rows, columns = plan.profiles(block, crop)
+        across = rows[:, None] * columns
+        for plane, values, share in zip(volume[there], result[crop], shares, strict=True):
+            plane += values * (across * share)  # plane by plane: in the cache
     return volume
 
 

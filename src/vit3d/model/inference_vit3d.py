@@ -4,7 +4,9 @@ What `vit3d.segment` and the Hub's pipeline both run. `voxels` need a `shape`, a
 a stack on disk is read one window at a time. Arrays are (depth, height, width).
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 
 import numpy as np
 import torch
@@ -41,11 +43,11 @@ def predict(
         progress: called with the list of batches, gives them one by one; `tqdm` fits.
     """
     statistics = statistics or processor.measure(voxels)
-    mask = processor.foreground(voxels, statistics) if select else np.ones(voxels.shape, dtype=bool)
+    mask = processor.foreground(voxels, statistics) if select else None
     plan = window_plan(voxels.shape, model.config)
     jobs = occupied_windows(plan, mask, processor, model.config)
     todo = progress(list(batches(jobs, batch_size)))
-    results = (result for batch in todo for result in predict_batch(model, voxels, batch, processor, statistics))
+    results = chain.from_iterable(predict_batches(model, voxels, todo, processor, statistics))
     return without_faint(assemble(plan, results))
 
 
@@ -59,11 +61,11 @@ def window_plan(shape: tuple[int, int, int], config) -> BlockPlan:
     return BlockPlan(shape, config.output_size, overlap, step=config.painted_size)
 
 
-def occupied_windows(plan: Iterable[Block], mask: np.ndarray, processor: ViT3DImageProcessor, config) -> list[Job]:
+def occupied_windows(plan: Iterable[Block], mask, processor: ViT3DImageProcessor, config) -> list[Job]:
     """(window to read, block to write, token mask) of each block with a token, fewest tokens first.
 
-    `mask` is bool, the volume's shape: where a neurite may be. With `center_slice` the window reaches beyond the
-    one slice it writes.
+    `mask` is bool, the volume's shape: where a neurite may be; None is everywhere. With `center_slice` the window
+    reaches beyond the one slice it writes.
     """
     sizes = zip(config.volume_size, config.output_size, strict=True)
     margin = [read // 2 - write // 2 for read, write in sizes]
@@ -71,8 +73,9 @@ def occupied_windows(plan: Iterable[Block], mask: np.ndarray, processor: ViT3DIm
     for write in plan:
         start = tuple(s - m for s, m in zip(write.start, margin, strict=True))
         read = Block(start, config.volume_size)
-        if mask[read.inside(mask.shape)].any():
-            jobs.append((read, write, processor.token_mask(read.read(mask))))
+        tokens = np.ones(config.grid_size, dtype=bool) if mask is None else processor.token_mask(read.read(mask))
+        if tokens.any():
+            jobs.append((read, write, tokens))
     return sorted(jobs, key=lambda job: int(job[2].sum()))
 
 
@@ -93,21 +96,35 @@ def batches(jobs: list[Job], batch_size: int | None = None) -> Iterator[list[Job
         yield batch
 
 
+def predict_batches(
+    model, voxels, todo: Iterable[list[Job]], processor: ViT3DImageProcessor, statistics: IntensityStatistics
+) -> Iterator[list[tuple[Block, np.ndarray]]]:
+    """For each batch, in one forward pass: (block to write, its probability, float32) of each window.
+
+    What one batch gave is to be used before the next is asked for.
+    """
+    pixels = np.empty(0, dtype=np.float32)  # one for all batches: fresh memory would take longer than normalising
+    for batch in todo:
+        shape = (len(batch), 1, *batch[0][0].size)
+        if pixels.size < math.prod(shape):
+            pixels = np.empty(math.prod(shape), dtype=np.float32)
+        windows = pixels[: math.prod(shape)].reshape(shape)
+        for (read, _, _), window in zip(batch, windows, strict=True):
+            processor.pixel_values(read.read(voxels), statistics, out=window[0])
+        yield _predict_batch(model, windows, batch)
+
+
 @torch.inference_mode()
-def predict_batch(
-    model, voxels, batch: list[Job], processor: ViT3DImageProcessor, statistics: IntensityStatistics
-) -> list[tuple[Block, np.ndarray]]:
-    """(block to write, its probability, float32) of each window of a batch, in one forward pass."""
-    reads, writes, masks = zip(*batch, strict=True)
-    windows = np.stack([processor.pixel_values(read.read(voxels), statistics) for read in reads])
-    pixel_values = torch.from_numpy(windows[:, None]).to(model.device)
+def _predict_batch(model, windows: np.ndarray, batch: list[Job]) -> list[tuple[Block, np.ndarray]]:
+    _, writes, masks = zip(*batch, strict=True)
     token_mask = torch.from_numpy(np.stack(masks)).to(model.device)
     # all kept is the dense computation: without a mask it needs no gathering
-    logits = model(pixel_values, None if token_mask.all() else token_mask).logits
-    return list(zip(writes, logits[:, 0].sigmoid().cpu().numpy(), strict=True))
+    logits = model(torch.from_numpy(windows).to(model.device), None if token_mask.all() else token_mask).logits
+    return list(zip(writes, logits[:, 0].sigmoid_().cpu().numpy(), strict=True))
 
 
 def without_faint(probability: np.ndarray) -> np.ndarray:
     """The same array, its probabilities below 1/512 set to 0."""
-    probability[probability < FAINT] = 0
+    for plane in probability:  # plane by plane: in the cache
+        plane *= plane >= FAINT
     return probability

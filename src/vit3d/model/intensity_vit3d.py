@@ -20,7 +20,7 @@ DISPLAY_GAMMA = 1 / 2.2  # photographs are gamma-encoded, microscope stacks are 
 _SAMPLE_VOXELS = 12_000_000  # statistics of a larger volume come from groups of slices that hold about so many
 _MIN_GROUPS = 4
 _PROBES, _PROBE = 128, (12, 96, 96)  # where a few slices alone would be too many voxels: boxes all over the volume
-_TILE = (16, 64, 64)
+_TILE = (16, 64, 128)  # blurred at once: in the cache
 _CELL = (4, 16, 16)  # voxels over which the ground is averaged; whole cells make a tile
 _MIN_CONTRAST = 3.0  # upper bound at least this many noises above the background
 
@@ -64,25 +64,16 @@ class IntensityStatistics:
 
 def blur(voxels: np.ndarray, sigma: tuple[float, float, float] = BLUR_VOX) -> np.ndarray:
     """Separable Gaussian, truncated at three sigma, borders replicated; float32 out."""
-    result = np.asarray(voxels, dtype=np.float32)
-    for axis, width in enumerate(sigma):
-        radius = int(np.ceil(3 * width))
-        kernel = np.exp(-0.5 * (np.arange(radius + 1) / width) ** 2)
-        kernel = (kernel / (2 * kernel.sum() - kernel[0])).astype(np.float32)
-        length = result.shape[axis]
-        padded = np.pad(result, [(radius, radius) if a == axis else (0, 0) for a in range(3)], mode="edge")
-        result = result * kernel[0]
-        for distance in range(1, radius + 1):
-            pair = _along(padded, axis, radius - distance, radius - distance + length)
-            pair = pair + _along(padded, axis, radius + distance, radius + distance + length)
-            pair *= kernel[distance]
-            result += pair
+    voxels = np.asarray(voxels)
+    result = np.empty(voxels.shape, dtype=np.float32)
+    for tile in _tiles(voxels.shape):
+        result[tile] = _blurred(voxels, tile, sigma)
     return result
 
 
 def blur_halo() -> tuple[int, int, int]:
     """How far a blurred voxel looks, per axis."""
-    return tuple(int(np.ceil(3 * width)) for width in BLUR_VOX)
+    return tuple(len(_kernel(width)) - 1 for width in BLUR_VOX)
 
 
 def measure(voxels, polarity: str = "auto") -> IntensityStatistics:
@@ -96,15 +87,16 @@ def measure(voxels, polarity: str = "auto") -> IntensityStatistics:
     slabs = _sample(voxels)
     thin = 1 if slabs[0].size < _SAMPLE_VOXELS // 8 else 3  # blurred neighbours say the same: one in three will do
     blurred = [blur(slab) for slab in slabs]
+    means = [_cell_means(slab) for slab in slabs]
     sample = np.concatenate([part.reshape(-1)[::thin] for part in blurred])
-    background = float(np.median(sample))
+    background = _median(sample)
     sample -= background
     spread = _spread(sample)
     floor = _grey_level(slabs, sample, background, spread)
     sure = True
     if polarity == "auto":
         # uneven light has tails of its own, so the stack without it is asked first
-        level = np.concatenate([(b - _level(s)).reshape(-1)[::thin] for b, s in zip(blurred, slabs, strict=True)])
+        level = _without(blurred, [_level(part) for part in means], thin)
         polarity, sure = _polarity(level, max(_spread(level), floor))
         if not sure:
             polarity, sure = _polarity(sample, max(spread, floor))
@@ -113,24 +105,31 @@ def measure(voxels, polarity: str = "auto") -> IntensityStatistics:
     signal = sample[sample > NOISE_FACTOR * max(spread, floor)]
     contrast = float(np.percentile(signal, 80)) if signal.size else 0.0
     contrast = max(contrast, _MIN_CONTRAST * max(spread, floor))
-    cells = [local_background(slab, sign, np.inf * sign) for slab in slabs]
+    cells = [_ground(part, sign, np.inf * sign) for part in means]
     ceiling = float(np.percentile(np.concatenate([part.reshape(-1) for part in cells]) * sign, 98)) * sign
-    grounds = [
-        _spread_out(sign * np.minimum(c * sign, ceiling * sign), s.shape) for c, s in zip(cells, slabs, strict=True)
-    ]
-    raised = np.concatenate([(b - g).reshape(-1)[::thin] for b, g in zip(blurred, grounds, strict=True)])
+    raised = _without(blurred, [sign * np.minimum(part * sign, ceiling * sign) for part in cells], thin)
     noise = max(_spread(raised), floor)
     too_noisy = noise > floor and LEAST_FACTOR * noise > 2 * FAINT_SHARE * contrast
     sure = sure and not too_noisy
     return IntensityStatistics(background, noise, background + sign * contrast, polarity, sure, ceiling)
 
 
-def normalize(voxels, statistics: IntensityStatistics) -> np.ndarray:
-    """Grey levels -> [0, 1] as a photograph would show them: background near 0, neurites bright, gamma-encoded."""
+def normalize(
+    voxels, statistics: IntensityStatistics, mean: float = 0.0, std: float = 1.0, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Grey levels -> [0, 1] as a photograph would show them: background near 0, neurites bright, gamma-encoded.
+
+    Then less `mean` and divided by `std`; float32, into `out` where that is given.
+    """
     voxels = np.asarray(voxels)
-    if voxels.dtype in (np.uint8, np.uint16):  # few grey levels: each is looked up, five times as fast
-        return np.take(_normalized_levels(statistics, voxels.dtype), voxels)
-    return _normalize(voxels, statistics)
+    out = np.empty(voxels.shape, dtype=np.float32) if out is None else out
+    if voxels.dtype not in (np.uint8, np.uint16):
+        out[...] = _normalize(voxels, statistics, mean, std)
+        return out
+    levels = _normalized_levels(statistics, voxels.dtype, mean, std)  # few grey levels: each is looked up,
+    for plane in np.ndindex(voxels.shape[:-2]):  # plane by plane: in the cache
+        np.take(levels, voxels[plane], out=out[plane], mode="clip")
+    return out
 
 
 def foreground(voxels, statistics: IntensityStatistics) -> np.ndarray:
@@ -139,33 +138,31 @@ def foreground(voxels, statistics: IntensityStatistics) -> np.ndarray:
     The rule: a blurred voxel that exceeds the ground around it (which haze and uneven light may have raised) by
     `statistics.threshold`, 3.5 to 6 noises, may belong to a neurite. In the same block of 4 x 8 x 8 voxels as such a
     one, or in one that touches that block, 2.5 noises suffice.
+
+    Only cells in whose reach some voxel stands out before the blur, which never raises the largest, are blurred: the
+    cost follows the neuron, and no float copy of the volume is made.
     """
+    shape, sign = np.shape(voxels), statistics.sign
     if not statistics.sure:
-        return np.ones(np.shape(voxels), dtype=bool)
-    clear = _above_ground(voxels, statistics, statistics.threshold)
-    beside = _beside(clear)
-    clear |= beside & _above_ground(voxels, statistics, BESIDE_FACTOR * statistics.noise, beside)
+        return np.ones(shape, dtype=bool)
+    ground = _ground(_cell_means(voxels), sign, statistics.ceiling)
+    extremes = _cell_extremes(voxels, np.minimum if sign < 0 else np.maximum)
+    rise = (extremes - ground) * sign + 1e-6 * np.abs(extremes).max()  # what rounding in the blur may add
+    clear = _above(voxels, ground, rise > statistics.threshold, sign, statistics.threshold)
+    beside, faint = _beside(clear), BESIDE_FACTOR * statistics.noise
+    cells = occupied_patches(np.pad(beside, [(0, -n % c) for n, c in zip(shape, _CELL, strict=True)]), _CELL)
+    clear |= beside & _above(voxels, ground, cells & (rise > faint), sign, faint)
     return clear
 
 
-def _above_ground(voxels, statistics: IntensityStatistics, threshold: float, where=None) -> np.ndarray:
-    """Blurred voxels that exceed the ground around them by a threshold; of tiles without True in `where` none.
-
-    Works tile by tile, and only where some voxel stands out before the blur, which never raises the largest: the
-    cost follows the neuron, and no float copy of the volume is made.
-    """
-    shape = np.shape(voxels)
-    mask = np.zeros(shape, dtype=bool)
-    sign, cells = statistics.sign, local_background(voxels, statistics.sign, statistics.ceiling)
-    for tile, read, crop in _tiles(shape):
-        if where is not None and not where[tile].any():
-            continue
-        ground = cells[tuple(slice(t.start // c, -(-t.stop // c)) for t, c in zip(tile, _CELL, strict=True))]
-        part = np.asarray(voxels[read])
-        extreme = float(part.min() if sign < 0 else part.max())
-        if (extreme - (ground.min() if sign > 0 else ground.max())) * sign > threshold:
-            raised = blur(part)[crop]
-            mask[tile] = (raised - _spread_out(ground, raised.shape)) * sign > threshold
+def _above(voxels, ground: np.ndarray, cells: np.ndarray, sign: float, threshold: float) -> np.ndarray:
+    """Blurred voxels, in boxes around the True `cells`, that exceed their cell's ground by a threshold."""
+    mask = np.zeros(np.shape(voxels), dtype=bool)
+    for box, inside in _boxes_around(cells, mask.shape):
+        raised = _blurred(voxels, box)
+        for z, level in zip(range(0, len(raised), _CELL[0]), ground[inside], strict=True):
+            raised[z : z + _CELL[0]] -= _spread_out(level, raised.shape)
+        mask[box] = raised > threshold if sign > 0 else raised < -threshold
     return mask
 
 
@@ -200,27 +197,38 @@ def local_background(voxels, sign: float, ceiling: float | None = None) -> np.nd
     5 x 5 x 5 cells: neurites fill few of them. A soma larger than that is kept from passing for ground by a
     ceiling, by default the 98th percentile over all cells.
     """
-    pads = [(0, -size % cell) for size, cell in zip(np.shape(voxels), _CELL, strict=True)]
-    slabs = range(0, np.shape(voxels)[0], _CELL[0])
-    means = np.concatenate([_cell_means(np.asarray(voxels[z : z + _CELL[0]]), pads) for z in slabs]) * np.float32(sign)
-    padded = np.pad(means, 2, mode="edge")
-    around = np.lib.stride_tricks.sliding_window_view(padded, (5, 5, 5)).reshape(*means.shape, 125)
-    rank = int(0.3 * 125)
-    ground = np.stack([np.partition(plane, rank, axis=-1)[..., rank] for plane in around])
-    highest = np.percentile(ground, 98) if ceiling is None else np.float32(ceiling * sign)
-    return np.minimum(ground, highest) * np.float32(sign)
+    return _ground(_cell_means(voxels), sign, ceiling)
 
 
 def occupied_patches(mask: np.ndarray, patch_size: tuple[int, int, int]) -> np.ndarray:
     """(depth, height, width) -> (grid_depth, grid_height, grid_width): which patches hold any True voxel."""
     grid = [size // patch for size, patch in zip(mask.shape, patch_size, strict=True)]
-    pairs = [extent for pair in zip(grid, patch_size, strict=True) for extent in pair]
-    return mask.reshape(pairs).any(axis=(1, 3, 5))
+    for axis, patch in enumerate(patch_size):  # first axes first: many voxels at a time
+        cut = (*grid[: axis + 1], patch, *mask.shape[axis + 1 :])
+        mask = np.logical_or.reduce(mask.reshape(cut), axis=axis + 1)
+    return mask
 
 
 def _spread(values: np.ndarray) -> float:
     """Scaled median absolute deviation from the median: the standard deviation of normal noise."""
-    return 1.4826 * float(np.median(np.abs(values - np.median(values))))
+    away = values - np.float32(_median(values))
+    return 1.4826 * _median(np.abs(away, out=away))
+
+
+def _median(values: np.ndarray) -> float:
+    """`np.median` of float32, exactly; what a sample shows to lie far from it is counted and not sorted."""
+    middle = [(values.size - 1) // 2, values.size // 2]
+    few = np.sort(values[:: 1 + values.size // 2**16])
+    low, high = few[len(few) * 48 // 100], few[len(few) * 52 // 100]
+    below, upto = values < low, values <= high
+    num_below = np.count_nonzero(below)
+    if not num_below <= middle[0] <= middle[1] < np.count_nonzero(upto):
+        return float(np.median(values))
+    if low == high:
+        return float(low)
+    near = values[below ^ upto]
+    ranks = [rank - num_below for rank in middle]
+    return float(np.partition(near, ranks)[ranks].mean())
 
 
 def _polarity(deviation: np.ndarray, noise: float) -> tuple[str, bool]:
@@ -234,25 +242,62 @@ def _polarity(deviation: np.ndarray, noise: float) -> tuple[str, bool]:
     return "bright", bool(bright > 1.5 * dark)
 
 
-def _level(slab: np.ndarray) -> np.ndarray:
+def _level(means: np.ndarray) -> np.ndarray:
     """The ground of a stack whose polarity nobody knows yet: midway between the grounds of both."""
-    grounds = (local_background(slab, sign, np.inf * sign) for sign in (1.0, -1.0))
-    return _spread_out(sum(grounds) / np.float32(2), slab.shape)
+    return sum(_ground(means, sign, np.inf * sign) for sign in (1.0, -1.0)) / np.float32(2)
 
 
-def _cell_means(slab: np.ndarray, pads) -> np.ndarray:
-    """Mean grey level of the cells of one layer, its border repeated to whole cells."""
-    pads = [(0, _CELL[0] - slab.shape[0]), *pads[1:]]
-    slab = np.pad(slab, pads, mode="edge")
-    rows, columns = (size // cell for size, cell in zip(slab.shape[1:], _CELL[1:], strict=True))
-    return slab.reshape(1, _CELL[0], rows, _CELL[1], columns, _CELL[2]).mean(axis=(1, 3, 5), dtype=np.float32)
+def _cell_means(voxels) -> np.ndarray:
+    """Mean grey level of each cell, float32, borders repeated. First axes first: many voxels at a time."""
+    layers = []
+    for z in range(0, np.shape(voxels)[0], _CELL[0]):
+        slab = np.asarray(voxels[z : z + _CELL[0]])
+        pads = [(0, -size % cell) for size, cell in zip(slab.shape, _CELL, strict=True)]
+        slab = np.pad(slab, pads, mode="edge") if any(map(any, pads)) else slab
+        few = np.uint16 if slab.dtype == np.uint8 else np.float32  # holds the sum of a column of a cell
+        total = np.add.reduce(slab, axis=0, dtype=few).reshape(-1, _CELL[1], slab.shape[2])
+        total = np.add.reduce(total, axis=1, dtype=np.float32).reshape(len(total), -1, _CELL[2])
+        layers.append(np.add.reduce(total, axis=2) / np.float32(np.prod(_CELL)))
+    return np.stack(layers)
+
+
+def _cell_extremes(voxels, larger: np.ufunc) -> np.ndarray:
+    """The largest (`larger` np.minimum: smallest) voxel that any blurred voxel of a cell sees, float32."""
+    (deep, *halo), layers = blur_halo(), []
+    for z in range(0, np.shape(voxels)[0], _CELL[0]):
+        plane = larger.reduce(voxels[max(z - deep, 0) : z + _CELL[0] + deep], axis=0)
+        for axis, (cell, around) in enumerate(zip(_CELL[1:], halo, strict=True)):
+            pads = [(around, around + -plane.shape[a] % cell) if a == axis else (0, 0) for a in range(2)]
+            wide = np.pad(plane, pads, mode="edge")
+            windows = np.lib.stride_tricks.sliding_window_view(wide, cell + 2 * around, axis)
+            plane = larger.reduce(_along(windows, axis, 0, None, cell), axis=2)
+        layers.append(plane.astype(np.float32))
+    return np.stack(layers)
+
+
+def _ground(means: np.ndarray, sign: float, ceiling: float | None) -> np.ndarray:
+    """`local_background` from the cells' mean grey levels."""
+    padded = np.pad(means * np.float32(sign), 2, mode="edge")
+    around = np.lib.stride_tricks.sliding_window_view(padded, (5, 5, 5))
+    rank = int(0.3 * 125)
+    ground = np.stack([np.partition(plane.reshape(*plane.shape[:2], 125), rank)[..., rank] for plane in around])
+    highest = np.percentile(ground, 98) if ceiling is None else np.float32(ceiling * sign)
+    return np.minimum(ground, highest) * np.float32(sign)
+
+
+def _without(blurred: list[np.ndarray], grounds: list[np.ndarray], thin: int) -> np.ndarray:
+    """One in `thin` of the voxels of each slab, flat, as they stand out from the ground of their cells."""
+    parts = []
+    for part, ground in zip(blurred, grounds, strict=True):
+        for z, level in zip(range(0, len(part), _CELL[0]), ground, strict=True):
+            raised = (part[z : z + _CELL[0]] - _spread_out(level, part.shape)).reshape(-1)
+            parts.append(raised[-z * part[0].size % thin :: thin].copy())
+    return np.concatenate(parts)
 
 
 def _spread_out(cells: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """One number per cell -> one per voxel, cut to `shape`."""
-    for axis, (size, cell) in enumerate(zip(shape, _CELL, strict=True)):
-        cells = _along(np.repeat(cells, cell, axis=axis), axis, 0, size)
-    return cells
+    """The numbers of one layer of cells, one per voxel of a plane, cut to those of `shape`."""
+    return np.repeat(np.repeat(cells, _CELL[1], axis=0), _CELL[2], axis=1)[: shape[1], : shape[2]]
 
 
 def _grey_level(slabs: list[np.ndarray], sample: np.ndarray, background: float, spread: float) -> float:
@@ -266,18 +311,73 @@ def _grey_level(slabs: list[np.ndarray], sample: np.ndarray, background: float, 
     if not _is_integer(slabs[0]):
         return level
     levels = slabs[len(slabs) // 2].reshape(-1)
-    step = np.diff(np.unique(levels[:: 1 + levels.size // 2**20]).astype(float)).min(initial=np.inf)
+    levels = levels[:: 1 + levels.size // 2**20]
+    levels = np.flatnonzero(np.bincount(levels)) if levels.dtype in (np.uint8, np.uint16) else np.unique(levels)
+    step = np.diff(levels.astype(float)).min(initial=np.inf)
     return 1.0 if spread >= step else max(1.0, level)
 
 
 def _tiles(shape: tuple[int, int, int]):
-    """(tile, the tile with the blur's halo, where the tile lies in that) for each tile of a volume."""
+    """Boxes that cover a volume, small enough for the cache."""
     for start in product(*(range(0, size, step) for size, step in zip(shape, _TILE, strict=True))):
-        axes = list(zip(start, _TILE, shape, blur_halo(), strict=True))
-        tile = tuple(slice(s, min(s + t, size)) for s, t, size, _ in axes)
-        read = tuple(slice(max(s - h, 0), min(s + t + h, size)) for s, t, size, h in axes)
-        crop = tuple(slice(t.start - r.start, t.stop - r.start) for t, r in zip(tile, read, strict=True))
-        yield tile, read, crop
+        yield tuple(slice(s, min(s + t, size)) for s, t, size in zip(start, _TILE, shape, strict=True))
+
+
+def _boxes_around(cells: np.ndarray, shape: tuple[int, int, int]):
+    """(box of voxels, box of cells) around the True cells of each tile of a volume."""
+    for tile in _tiles(shape):
+        corner = [t.start // cell for t, cell in zip(tile, _CELL, strict=True)]
+        inside = cells[tuple(slice(c, -(-t.stop // cell)) for c, t, cell in zip(corner, tile, _CELL, strict=True))]
+        if inside.any():
+            low, high = (edge(np.nonzero(inside), axis=1) + corner for edge in (np.min, np.max))
+            ends = zip(low.tolist(), (high + 1).tolist(), _CELL, shape, strict=True)
+            yield (
+                tuple(slice(a * cell, min(b * cell, size)) for a, b, cell, size in ends),
+                tuple(map(slice, low.tolist(), (high + 1).tolist())),
+            )
+
+
+def _blurred(voxels, box: tuple[slice, ...], sigma: tuple[float, float, float] = BLUR_VOX) -> np.ndarray:
+    """`blur` of the voxels inside a box.
+
+    Along every axis flat runs of voxels are added, the border's among them, which is faster than to leave that out.
+    """
+    kernels = [_kernel(width) for width in sigma]
+    wide = _with_border(voxels, box, [len(kernel) - 1 for kernel in kernels])
+    result = wide.reshape(-1)
+    pair = np.empty_like(result)
+    for kernel, step in zip(kernels, (wide[0].size, wide.shape[2], 1), strict=True):
+        flat, middle = result, (len(kernel) - 1) * step
+        length = flat.size - 2 * middle
+        result, pair = flat[middle : middle + length] * kernel[0], pair[:length]
+        for distance in range(1, len(kernel)):
+            low, high = middle - distance * step, middle + distance * step
+            np.add(flat[low : low + length], flat[high : high + length], out=pair)
+            pair *= kernel[distance]
+            result += pair
+    return np.lib.stride_tricks.as_strided(result, [b.stop - b.start for b in box], wide.strides)
+
+
+@lru_cache(maxsize=8)
+def _kernel(sigma: float) -> np.ndarray:
+    """The weights of a Gaussian from its middle on, cut at three sigma; with the mirrored half they add up to 1."""
+    half = np.exp(-0.5 * (np.arange(int(np.ceil(3 * sigma)) + 1) / sigma) ** 2)
+    return (half / (2 * half.sum() - half[0])).astype(np.float32)
+
+
+def _with_border(voxels, box: tuple[slice, ...], halo: list[int]) -> np.ndarray:
+    """Float32 copy of a box and what is around it; beyond the volume its border is repeated."""
+    axes = list(zip(box, halo, np.shape(voxels), strict=True))
+    read = tuple(slice(max(b.start - h, 0), min(b.stop + h, size)) for b, h, size in axes)
+    inside = [slice(r.start - b.start + h, r.stop - b.start + h) for r, (b, h, _) in zip(read, axes, strict=True)]
+    part = np.empty([b.stop - b.start + 2 * h for b, h, _ in axes], dtype=np.float32)
+    part[tuple(inside)] = voxels[read]
+    for axis, (there, size) in enumerate(zip(inside, part.shape, strict=True)):
+        if there.start:
+            _along(part, axis, 0, there.start)[...] = _along(part, axis, there.start, there.start + 1)
+        if there.stop < size:
+            _along(part, axis, there.stop, size)[...] = _along(part, axis, there.stop - 1, there.stop)
+    return part
 
 
 def _sample(voxels) -> list[np.ndarray]:
@@ -304,8 +404,8 @@ def _probes(shape: tuple[int, int, int]):
         yield tuple(slice(start, start + edge) for start, edge in zip(starts, _PROBE, strict=True))
 
 
-def _along(array: np.ndarray, axis: int, start: int, stop: int) -> np.ndarray:
-    return array[tuple(slice(start, stop) if a == axis else slice(None) for a in range(array.ndim))]
+def _along(array: np.ndarray, axis: int, start: int, stop: int | None, step: int = 1) -> np.ndarray:
+    return array[tuple(slice(start, stop, step) if a == axis else slice(None) for a in range(array.ndim))]
 
 
 def _is_integer(voxels) -> bool:
@@ -313,11 +413,11 @@ def _is_integer(voxels) -> bool:
 
 
 @lru_cache(maxsize=8)
-def _normalized_levels(statistics: IntensityStatistics, dtype: np.dtype) -> np.ndarray:
-    return _normalize(np.arange(np.iinfo(dtype).max + 1), statistics)
+def _normalized_levels(statistics: IntensityStatistics, dtype: np.dtype, mean: float, std: float) -> np.ndarray:
+    return _normalize(np.arange(np.iinfo(dtype).max + 1), statistics, mean, std)
 
 
-def _normalize(voxels, statistics: IntensityStatistics) -> np.ndarray:
+def _normalize(voxels, statistics: IntensityStatistics, mean: float, std: float) -> np.ndarray:
     scale = np.float32(statistics.sign / abs(statistics.bright - statistics.background))
     values = (np.asarray(voxels, dtype=np.float32) - np.float32(statistics.background)) * scale
-    return np.clip(values, 0.0, 1.0) ** np.float32(DISPLAY_GAMMA)
+    return (np.clip(values, 0.0, 1.0) ** np.float32(DISPLAY_GAMMA) - np.float32(mean)) / np.float32(std)
