@@ -1,6 +1,7 @@
 """The Space in a real browser: what a visitor drops, sees, downloads, is told, and leaves behind."""
 
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +18,8 @@ import tifffile
 
 from vit3d.gold import align_gold
 from vit3d.scoring import score_trees
-from vit3d.tree import read_swc
-from vit3d.volume import read_volume
+from vit3d.tree import NeuronTree, read_swc
+from vit3d.volume import Volume, read_volume
 
 pytestmark = pytest.mark.slow  # importing gradio and torch takes seconds
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -95,6 +97,35 @@ def test_the_card_is_a_spaces_pins_what_is_installed_and_states_the_limits(app):
         assert f"{app.LARGEST_VOXELS // 10**6} million voxels" in text.replace("\n", " ")
 
 
+@pytest.mark.parametrize("size", [(5, 200, 40), (100, 100, 100), (0, 0, 300)])
+def test_the_whole_tree_is_in_view_at_its_true_proportions(app, size):
+    """Seen by plotly's camera, which opens at 45 degrees; what it looks at lies around the origin."""
+    points = np.array(list(itertools.product(*[(0, side) for side in size])), float)
+    tree = NeuronTree(points, np.ones(8), np.arange(8) - 1, unit="um")
+    scene = app.turning(SimpleNamespace(tree=tree, volume=Volume(np.zeros((9, 9, 9))))).layout.scene
+    sides = np.array([scene.aspectratio[axis] for axis in "zyx"])
+    np.testing.assert_allclose(sides * max(size), size, atol=0.01)
+    eye = np.array([scene.camera.eye[axis] for axis in "zyx"])
+    away = np.array(list(itertools.product(*[(-side / 2, side / 2) for side in sides]))) - eye
+    ahead = away @ -eye / np.linalg.norm(eye)
+    aside = np.sqrt((away**2).sum(axis=1) - ahead**2)
+    assert (aside / ahead < np.tan(np.pi / 8) * 1.45).all()  # a corner of the picture; its edges are closer
+    assert ahead.min() > 0.5
+
+
+@pytest.mark.parametrize(
+    "measure, words",
+    [
+        ("max_path_um", "max path (µm)"),
+        ("volume_um3", "volume (µm³)"),
+        ("length_vox", "length (voxels)"),
+        ("tips",) * 2,
+    ],
+)
+def test_numbers_have_units_as_people_write_them(app, measure, words):
+    assert app.named(measure) == words
+
+
 # ------------------------------------------------------------ in Chromium
 
 
@@ -133,9 +164,15 @@ def drop(page, path: Path) -> None:
     for _ in range(10):  # a page that is not yet awake does not hear of it
         page.locator("input[type=file]").first.set_input_files(path)
         page.wait_for_timeout(2000)
-        if shown.count():
+        if shown.count() or not page.locator("input[type=file]").count():  # it is there, or on its way
             break
     shown.get_by_text(path.stem).first.wait_for()
+
+
+def fibre() -> np.ndarray:
+    voxels = np.zeros((12, 40, 96), np.uint8)
+    voxels[5:8, 19:22, 8:89] = 200
+    return voxels
 
 
 def press(page, name: str) -> None:
@@ -211,6 +248,49 @@ def test_what_does_not_fit_is_said_too(page, tmp_path, site):
     page.get_by_text("--threshold takes a number, got 'high'.").wait_for()
 
 
+def test_nothing_of_the_last_stack_is_shown_beside_the_next(page, tmp_path):
+    for name in ("first", "second"):
+        tifffile.imwrite(tmp_path / f"{name}.tif", fibre(), imagej=True, metadata={"axes": "ZYX"})
+    buttons = [page.get_by_role("button", name=name) for name in ("Tree (SWC)", "Probability (TIFF)")]
+    drop(page, tmp_path / "first.tif")
+    press(page, "Reconstruct")
+    page.locator(TREE).first.wait_for()
+    assert all(button.is_enabled() for button in buttons)
+    page.get_by_label("Clear").first.click()
+    page.get_by_text("The numbers come here.").wait_for()
+    drop(page, tmp_path / "second.tif")
+    assert page.locator(TREE).count() == 0
+    assert not any(button.is_enabled() for button in buttons)
+    press(page, "Reconstruct")
+    page.locator(TREE).first.wait_for()
+    assert download(page, "Tree (SWC)", tmp_path).name == "second.swc"
+
+
+def test_a_run_is_stopped_and_another_can_be_started(page, site):
+    press(page, "Example")
+    until(lambda: runs(site[1]))
+    press(page, "Stop")
+    until(lambda: not runs(site[1]))
+    for _ in range(200):  # until the first has ended, the page does not hear of another
+        assert page.locator(TREE).count() == page.get_by_test_id("toast-body").count() == 0
+        press(page, "Example")
+        page.wait_for_timeout(500)
+        if runs(site[1]):
+            break
+    page.locator(TREE).first.wait_for()
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_nothing_reaches_beyond_the_page_on_a_desk_and_on_a_phone(page, width):
+    page.set_viewport_size({"width": width, "height": 900})
+    press(page, "Example")
+    page.locator(TREE).first.wait_for()
+    page.wait_for_timeout(1000)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    canvas = page.locator(TREE).first.bounding_box()
+    assert canvas["width"] > 0.7 * canvas["height"]  # or the tree, which is fitted to the height, is cut off
+
+
 def runs(temporary: Path) -> set[str]:
     return {path.name for path in temporary.rglob("run-*")}
 
@@ -227,9 +307,7 @@ def test_nothing_is_left_of_a_visit_and_no_other_server_is_asked(browser, site, 
     address, temporary = site
     until(lambda: not runs(temporary))  # of earlier visits
     before = kept(temporary)
-    voxels = np.zeros((12, 40, 96), np.uint8)
-    voxels[5:8, 19:22, 8:89] = 200
-    tifffile.imwrite(tmp_path / "private.tif", voxels, imagej=True, metadata={"axes": "ZYX"})
+    tifffile.imwrite(tmp_path / "private.tif", fibre(), imagej=True, metadata={"axes": "ZYX"})
     asked = []
     with browser.opened(address, lambda request: asked.append(request.url)) as page:
         drop(page, tmp_path / "private.tif")
