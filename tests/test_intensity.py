@@ -219,6 +219,19 @@ def test_normalisation_block_by_block_equals_the_whole():
     assert whole.max() == 1
 
 
+@pytest.mark.parametrize(
+    "cut", [np.s_[:, :, :], np.s_[1:, 3:50, 1:], np.s_[:, :, 1:78], np.s_[3, :, ::2], np.s_[3, 4, 5]]
+)
+def test_levels_that_are_looked_up_are_those_that_are_computed(cut):
+    voxels = neurite(noise=5, background=20)
+    statistics = measure(voxels)
+    expected = normalize(voxels[cut].astype(np.float32), statistics, 0.4, 0.2)
+    assert_array_equal(normalize(voxels[cut], statistics, 0.4, 0.2), expected)
+    out = np.empty((2, *expected.shape), np.float32)
+    assert_array_equal(normalize(voxels[cut].astype(np.uint16), statistics, 0.4, 0.2, out=out[1, ...]), expected)
+    assert_array_equal(out[1], expected)
+
+
 def test_a_deep_stack_is_measured_from_a_sample_of_its_slices():
     deep = np.concatenate([neurite(noise=5, background=20)] * 8)
     whole, sample = measure(deep[:96]), measure(deep)

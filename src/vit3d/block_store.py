@@ -222,23 +222,22 @@ def _shard(layout: Layout, voxels: np.ndarray | None) -> bytes:
     chunks, places, end = [], [], 0
     for start in starts:
         part = None if voxels is None else voxels[tuple(map(slice, start, np.add(start, layout.chunk)))]
-        chunk = None if part is None or not part.any() else _chunk(part, layout.chunk)
-        if chunk is None:
-            places.append((2**64 - 1, 2**64 - 1))  # this one is left out
-        else:
-            places.append((end, len(chunk)))
-            chunks.append(chunk)
-            end += len(chunk)
+        if part is None or not part.size or part.max() * LEVELS <= 0.5:
+            places.append((2**64 - 1, 2**64 - 1))  # rounded it is all zeros, and left out
+            continue
+        chunks.append(_chunk(part, layout.chunk))
+        places.append((end, len(chunks[-1])))
+        end += len(chunks[-1])
     return b"".join([*chunks, _checked(np.array(places, dtype="<u8").tobytes())])
 
 
-def _chunk(voxels: np.ndarray, shape: tuple[int, int, int]) -> bytes | None:
-    """Rounded and compressed, with a checksum; filled with zeros where the volume ends; None of zeros alone."""
-    levels = np.rint(voxels * np.float32(LEVELS))
-    levels /= np.float32(LEVELS)
-    if not levels.any():
-        return None
-    levels = np.pad(levels, [(0, n - size) for n, size in zip(shape, levels.shape, strict=True)])
+def _chunk(voxels: np.ndarray, shape: tuple[int, int, int]) -> bytes:
+    """Rounded and compressed, with a checksum; filled with zeros where the volume ends."""
+    levels = voxels * np.float32(LEVELS)
+    np.rint(levels, out=levels)
+    levels *= np.float32(1 / LEVELS)
+    if levels.shape != shape:
+        levels = np.pad(levels, [(0, n - size) for n, size in zip(shape, levels.shape, strict=True)])
     return _checked(Zstd(level=_ZSTD_LEVEL).encode(levels))
 
 

@@ -128,7 +128,7 @@ def normalize(
         return out
     levels = _normalized_levels(statistics, voxels.dtype, mean, std)  # few grey levels: each is looked up,
     for plane in np.ndindex(voxels.shape[:-2]):  # plane by plane: in the cache
-        np.take(levels, voxels[plane], out=out[plane], mode="clip")
+        np.take(levels, voxels[*plane, ...], out=out[*plane, ...], mode="clip")
     return out
 
 
