@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from vit3d.gold import align_gold, lies_on_image, likely_cause
+from vit3d.annotations.gold import align_gold, lies_on_image, likely_cause
 from vit3d.tree import read_swc
 from vit3d.volume import read_volume
 

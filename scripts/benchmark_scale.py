@@ -28,12 +28,12 @@ import zarr
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vit3d.block_store import BlockStore, partial_path
+from vit3d.blockwise.block_store import BlockStore, partial_path
+from vit3d.blockwise.memory_budget import peak_bytes
+from vit3d.blockwise.out_of_core import RunOptions, segment_store
 from vit3d.checkpoint import load_checkpoint
-from vit3d.memory_budget import peak_bytes
 from vit3d.model.configuration_vit3d import ViT3DConfig
 from vit3d.model.modeling_vit3d import BACKGROUND_LOGIT, from_patches, to_patches
-from vit3d.out_of_core import RunOptions, segment_store
 from vit3d.simulate import simulate_neuron
 from vit3d.tables import fill_card, markdown_table
 from vit3d.volume import open_volume
@@ -145,7 +145,7 @@ class Team:
         self.context = multiprocessing.get_context("forkserver")
         # not "__main__": Python 3.11's server cannot load that, and says nothing
         self.context.set_forkserver_preload(
-            ["vit3d.out_of_core", "vit3d.zarr_store", "vit3d.simulate", "vit3d.checkpoint"]
+            ["vit3d.blockwise.out_of_core", "vit3d.formats.zarr_store", "vit3d.simulate", "vit3d.checkpoint"]
         )
         self.fresh = multiprocessing.get_context("spawn")
 

@@ -30,8 +30,8 @@ from scipy.sparse.csgraph import breadth_first_order, connected_components, mini
 from scipy.spatial import cKDTree
 from skimage.morphology import skeletonize
 
-from vit3d.foreground import find_foreground, find_level
-from vit3d.gold import align_gold
+from vit3d.annotations.gold import align_gold
+from vit3d.centerlines.foreground import find_foreground, find_level
 from vit3d.morphometry import branches, path_lengths, resample
 from vit3d.scoring import score_trees
 from vit3d.simulate import Style, grow

@@ -24,19 +24,19 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import get_cosine_schedule_with_warmup
 
 from benchmark_network import PEERS, SPACING_UM
+from vit3d.annotations.gold import align_gold, without_untraced
 from vit3d.bigneuron import find_pairs
-from vit3d.gold import align_gold, without_untraced
+from vit3d.learning.optimization import parameter_groups
+from vit3d.learning.training_config import TrainingConfig
+from vit3d.learning.training_data import training_volumes
 from vit3d.model.configuration_vit3d import ViT3DConfig
 from vit3d.model.image_processing_vit3d import ViT3DImageProcessor
 from vit3d.model.modeling_vit3d import ViT3DForNeuronSegmentation, segmentation_loss
-from vit3d.optimization import parameter_groups
 from vit3d.patches import CropDataset
 from vit3d.scoring import score_trees
 from vit3d.segmentation import segment
 from vit3d.tables import fill_card, markdown_table
 from vit3d.tracing import trace
-from vit3d.training_config import TrainingConfig
-from vit3d.training_data import training_volumes
 from vit3d.tree import read_swc
 from vit3d.volume import Volume, read_volume
 

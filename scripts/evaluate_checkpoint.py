@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from vit3d.annotations.gold import align_gold, without_untraced
 from vit3d.bigneuron import find_pairs
 from vit3d.checkpoint import load_checkpoint
-from vit3d.gold import align_gold, without_untraced
 from vit3d.plot import plot_reconstruction
 from vit3d.reconstruction import reconstruct
 from vit3d.scoring import score_trees

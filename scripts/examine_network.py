@@ -20,9 +20,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.ndimage import distance_transform_edt, zoom
 
+from vit3d.annotations.gold import align_gold
 from vit3d.bigneuron import find_pairs
 from vit3d.checkpoint import load_checkpoint
-from vit3d.gold import align_gold
 from vit3d.scoring import score_trees
 from vit3d.segmentation import segment
 from vit3d.simulate import Microscope, Style, expose, grow, simulate_neuron

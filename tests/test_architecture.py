@@ -14,12 +14,13 @@ import vit3d
 
 HOUSE = Path(vit3d.__file__).parent
 VERBS = {"segmentation", "tracing", "scoring", "training", "sharing"}
-COMPOSED = {"reconstruction", "comparison", "validation"}
+COMPOSED = {"reconstruction", "comparison", "learning.validation"}
 TORCH_FREE = [
-    *("volume", "tree", "swc", "targets", "gold", "simulate", "plot"),
+    *("volume", "tree", "swc", "targets", "annotations.gold", "simulate", "plot"),
     *("tracing", "scoring", "reconstruction", "cli", "model_card", "repository"),
     *("model.blocks_vit3d", "model.intensity_vit3d"),
-    *("block_store", "leases", "chunk_check", "pairs", "annotation", "augmentation"),
+    *("blockwise.block_store", "blockwise.leases", "formats.chunk_check", "learning.augmentation"),
+    *("annotations.pairs", "annotations.annotation"),
 ]
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "evaluate"}
 NETWORK_MAY_IMPORT = {"torch", "numpy", "transformers", "huggingface_hub"} | sys.stdlib_module_names

@@ -7,7 +7,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from vit3d import ViT3DImageProcessor
-from vit3d.augmentation import Augmentation, resample, vary_geometry, vary_intensity, vary_orientation
+from vit3d.learning.augmentation import Augmentation, resample, vary_geometry, vary_intensity, vary_orientation
 from vit3d.model.intensity_vit3d import IntensityStatistics, measure
 
 NOTHING = Augmentation.none()

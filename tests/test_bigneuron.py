@@ -12,7 +12,7 @@ import tifffile
 from numpy.testing import assert_allclose, assert_array_equal
 
 from vit3d import BigNeuron, NeuronTree, Volume, load_bigneuron, read_swc, read_volume, write_swc, write_volume
-from vit3d.annotation import examine, read_gold, read_labels, read_stack
+from vit3d.annotations.annotation import examine, read_gold, read_labels, read_stack
 from vit3d.bigneuron import find_pairs, split_of
 from vit3d.targets import IGNORED, paint
 

@@ -14,8 +14,8 @@ import pytest
 import zarr
 from numpy.testing import assert_array_equal
 
-from vit3d.block_store import BlockStore, Layout, create, differences, partial_path
-from vit3d.leases import Leases
+from vit3d.blockwise.block_store import BlockStore, Layout, create, differences, partial_path
+from vit3d.blockwise.leases import Leases
 
 LAYOUT = Layout((100, 110, 90), (64, 64, 64), (1.0, 0.3, 0.3))
 MANIFEST = {"identity": {}}
@@ -172,7 +172,7 @@ def test_differences_name_both_values():
 HOLD = """
 import sys, time
 from pathlib import Path
-from vit3d.leases import Leases
+from vit3d.blockwise.leases import Leases
 with Leases(Path(sys.argv[1])) as leases:
     print(leases.claim("box"), flush=True)
     time.sleep(60)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vit3d.cldice import soft_cldice_loss, soft_skeleton
+from vit3d.learning.cldice import soft_cldice_loss, soft_skeleton
 from vit3d.model.modeling_vit3d import segmentation_loss
 
 SHAPE = (1, 1, 12, 16, 40)

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from vit3d.gold import align_gold, check_bounds, estimate_shift, lies_on_image, likely_cause, untraced_structure
+from vit3d.annotations.gold import (
+    align_gold,
+    check_bounds,
+    estimate_shift,
+    lies_on_image,
+    likely_cause,
+    untraced_structure,
+)
 from vit3d.simulate import simulate_neuron
 from vit3d.targets import paint
 from vit3d.tree import NeuronTree, read_swc

@@ -6,8 +6,8 @@ import pytest
 
 from runs import SIZES, WINDOW
 from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation
-from vit3d.optimization import freeze, optimizer_and_schedule, parameter_groups
-from vit3d.training_config import TrainingConfig
+from vit3d.learning.optimization import freeze, optimizer_and_schedule, parameter_groups
+from vit3d.learning.training_config import TrainingConfig
 
 CONFIG = TrainingConfig("", "", "", encoder_rate=1e-4, head_rate=1e-3, max_steps=20, warmup_steps=4)
 

@@ -21,14 +21,14 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from test_segmentation import OneVoxelNetwork, tiny_model
 from vit3d import ViT3DConfig, ViT3DImageProcessor, Volume, segment
-from vit3d.block_store import BlockStore, partial_path
-from vit3d.memory_budget import BOXES, choose_layout, working_bytes
+from vit3d.blockwise.block_store import BlockStore, partial_path
+from vit3d.blockwise.memory_budget import BOXES, choose_layout, working_bytes
+from vit3d.blockwise.out_of_core import RunOptions, segment_store
+from vit3d.blockwise.provenance import machine_of, model_digest
+from vit3d.blockwise.segmentation_job import damage_report, segment_path
 from vit3d.model.blocks_vit3d import BlockPlan, assemble
 from vit3d.model.inference_vit3d import FAINT
 from vit3d.model.intensity_vit3d import foreground, foreground_reach, local_background, measure
-from vit3d.out_of_core import RunOptions, segment_store
-from vit3d.provenance import machine_of, model_digest
-from vit3d.segmentation_job import damage_report, segment_path
 from vit3d.volume import open_volume
 
 SHAPE, BOX, SPACING_UM = (70, 150, 130), (64, 64, 64), (1.0, 0.3, 0.3)
@@ -450,7 +450,9 @@ def work(source: Path, out: Path, rank: int = 0, ranks: int = 1, largest_file: i
 def processes():
     """Starts `work` in processes that have imported everything and share nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vit3d.out_of_core", "vit3d.zarr_store", "vit3d.checkpoint", "pytest"])
+    context.set_forkserver_preload(
+        ["vit3d.blockwise.out_of_core", "vit3d.formats.zarr_store", "vit3d.checkpoint", "pytest"]
+    )
 
     def start(*arguments, **options):
         process = context.Process(target=work, args=arguments, kwargs=options)

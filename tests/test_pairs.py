@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from vit3d.pairs import find_pairs, read_split_file, split_of, survey
+from vit3d.annotations.pairs import find_pairs, read_split_file, split_of, survey
 
 FLY = "GMR_57C10_AD_01-1xLwt_attp40_4stop1-f-A01-20110325_3_A1-right_optic_lobe.v3draw.extract_5"
 FLIES = "p_checked7_janelia_flylight_part1"

@@ -13,9 +13,9 @@ import torch
 from numpy.testing import assert_array_equal
 
 from vit3d import ViT3DConfig, ViT3DImageProcessor
-from vit3d.annotation import read_labels, read_stack
-from vit3d.augmentation import Augmentation
-from vit3d.pairs import find_pairs
+from vit3d.annotations.annotation import read_labels, read_stack
+from vit3d.annotations.pairs import find_pairs
+from vit3d.learning.augmentation import Augmentation
 from vit3d.patches import MAX_TOKENS, CropDataset, TrainingVolume, choose_tokens, prepared
 from vit3d.targets import IGNORED
 

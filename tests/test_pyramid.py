@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import zarr
 
-from vit3d import pyramid
-from vit3d.lazy_voxels import ChangedVoxels
-from vit3d.pyramid import build_pyramid, has_pyramid
+from vit3d.formats import pyramid
+from vit3d.formats.lazy_voxels import ChangedVoxels
+from vit3d.formats.pyramid import build_pyramid, has_pyramid
 from vit3d.volume import Volume, open_volume, read_volume, write_volume
 
 SPACING = (1.0, 0.33, 0.33)
@@ -228,8 +228,8 @@ def test_memory_is_flat_in_the_size_of_the_volume(tmp_path):
     code = r"""
 import re, sys
 import numpy as np
-from vit3d.lazy_voxels import ChangedVoxels, LazyVoxels
-from vit3d.pyramid import build_pyramid
+from vit3d.formats.lazy_voxels import ChangedVoxels, LazyVoxels
+from vit3d.formats.pyramid import build_pyramid
 from vit3d.volume import Volume, write_volume
 
 class Grey(LazyVoxels):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from vit3d.gold import align_gold
+from vit3d.annotations.gold import align_gold
 from vit3d.scoring import score_trees
 from vit3d.tree import read_swc
 from vit3d.volume import read_volume

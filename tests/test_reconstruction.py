@@ -15,8 +15,8 @@ import torch
 import zarr
 
 from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation, ViT3DImageProcessor, checkpoint
+from vit3d.blockwise.leases import Leases
 from vit3d.cli import main
-from vit3d.leases import Leases
 from vit3d.reconstruction import find_stacks, fits_in_memory, inverted, masked, reconstruct, within
 from vit3d.scoring import score_trees
 from vit3d.tree import read_swc

@@ -16,7 +16,7 @@ import torch
 
 from runs import equal, launch, losses, make_checkpoint, make_pairs, metrics, weights
 from vit3d.cli import main
-from vit3d.run_folder import Log, RunFolder
+from vit3d.learning.run_folder import Log, RunFolder
 from vit3d.training import TrainingConfig, train
 
 
@@ -252,7 +252,7 @@ def test_twenty_kills_at_random_instants_change_nothing(base, tmp_path, monkeypa
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("TQDM_DISABLE", "1")
     context = multiprocessing.get_context("forkserver")  # every run is a process of its own; the imports are shared
-    context.set_forkserver_preload(["vit3d.training", "vit3d.validation", "vit3d.curve"])
+    context.set_forkserver_preload(["vit3d.training", "vit3d.learning.validation", "vit3d.learning.curve"])
     config = replace(base, out=str(tmp_path / "stopped"), max_steps=8 * KILLS, save_every=2)
     out, rng = Path(config.out), np.random.default_rng(0)
     while_saving = 0

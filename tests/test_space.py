@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from vit3d.gold import align_gold
+from vit3d.annotations.gold import align_gold
 from vit3d.scoring import score_trees
 from vit3d.tree import NeuronTree, read_swc
 from vit3d.volume import Volume, read_volume

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy.spatial import cKDTree
 
-from vit3d import foreground as foreground_module
-from vit3d.foreground import find_foreground, find_level, smoothed
-from vit3d.lazy_voxels import LazyVoxels
+from vit3d.centerlines import foreground as foreground_module
+from vit3d.centerlines.foreground import find_foreground, find_level, smoothed
+from vit3d.formats.lazy_voxels import LazyVoxels
 from vit3d.targets import paint
 from vit3d.tracing import trace, trace_with_review
 from vit3d.tree import SOMA, NeuronTree

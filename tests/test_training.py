@@ -20,21 +20,21 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from runs import SIZES, WINDOW, equal, launch, losses, make_checkpoint, make_pairs, metrics, weights
 from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation, ViT3DImageProcessor, segment
-from vit3d.annotation import examine
-from vit3d.augmentation import Augmentation
+from vit3d.annotations.annotation import examine
+from vit3d.annotations.gold import estimate_shift
+from vit3d.annotations.pairs import find_pairs, split_of
 from vit3d.checkpoint import load_checkpoint
 from vit3d.cli import main
-from vit3d.gold import estimate_shift
-from vit3d.launching import num_workers
+from vit3d.learning.augmentation import Augmentation
+from vit3d.learning.launching import num_workers
+from vit3d.learning.training_data import chosen_neurons, read_pair, training_volumes
+from vit3d.learning.validation import Validator
 from vit3d.metrics import metric_folder
-from vit3d.pairs import find_pairs, split_of
 from vit3d.patches import CropDataset
 from vit3d.reconstruction import reconstruct
 from vit3d.scoring import score_trees
 from vit3d.training import Clock, TrainingConfig, read_gold, save, train
-from vit3d.training_data import chosen_neurons, read_pair, training_volumes
 from vit3d.tree import read_swc, write_swc
-from vit3d.validation import Validator
 from vit3d.volume import Volume, read_volume, write_volume
 
 CONFIG = ViT3DConfig(**SIZES, **WINDOW)

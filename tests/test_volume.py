@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import tifffile
 
-from vit3d import lazy_voxels
-from vit3d import tiff as tiff_module
+from vit3d.formats import lazy_voxels
+from vit3d.formats import tiff as tiff_module
 from vit3d.volume import Volume, open_volume, read_volume, write_volume
 
 SPACING = (1.5, 0.33, 0.21)

@@ -12,7 +12,7 @@ import pytest
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from vit3d import lazy_voxels
+from vit3d.formats import lazy_voxels
 from vit3d.volume import Volume, is_stack, open_volume, read_volume, write_volume
 
 SPACING = (1.5, 0.33, 0.21)
@@ -424,7 +424,7 @@ def test_a_path_made_of_a_url_is_still_that_url(tmp_path, server):
 
 
 def test_a_server_that_stumbles_is_asked_again_and_one_that_is_gone_is_named(tmp_path, server, monkeypatch):
-    monkeypatch.setattr("vit3d.zarr_store._WAITS_S", (0.01, 0.01))
+    monkeypatch.setattr("vit3d.formats.zarr_store._WAITS_S", (0.01, 0.01))
     plain(tmp_path / "web/a.zarr", noise())
     voxels = open_volume(server.url("a.zarr")).voxels
     server.stumbles = 2

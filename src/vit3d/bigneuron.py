@@ -10,8 +10,8 @@ from pathlib import Path
 import datasets
 from tqdm import tqdm
 
-from .annotation import examine
-from .pairs import Survey, find_pairs, read_split_file, skipped, split_of, splits_of, survey
+from .annotations.annotation import examine
+from .annotations.pairs import Survey, find_pairs, read_split_file, skipped, split_of, splits_of, survey
 
 __all__ = ["BigNeuron", "find_pairs", "load_bigneuron", "split_of"]
 
@@ -26,7 +26,7 @@ def load_bigneuron(
     split_file: str | Path | None = None,
     cache_dir: str | Path | None = None,
 ) -> datasets.DatasetDict:
-    """Every usable neuron below `data_dir` (layouts: `vit3d.pairs`), in the splits "train" and "test".
+    """Every usable neuron below `data_dir` (layouts: `vit3d.annotations.pairs`), in the splits "train" and "test".
 
     align: estimate each gold's shift against its image; a row's `shift_vox` is what to add.
     keep_misplaced: keep a pair whose SWC does not lie on its image, or lies outside of it.
@@ -95,7 +95,7 @@ class BigNeuronConfig(datasets.BuilderConfig):
 
 
 class BigNeuron(datasets.GeneratorBasedBuilder):
-    """Rows of paths, never voxels; `vit3d.annotation` reads them: `read_stack(row)`, `read_gold(row)`.
+    """Rows of paths, never voxels; `vit3d.annotations.annotation` reads them: `read_stack(row)`, `read_gold(row)`.
 
     name, neuron, image, swc, label, species, lab: as `find_pairs`. spacing_um: (z, y, x), the table's or else the
     file's, None where nobody states it. unit: the SWC's, "voxel" where its header says none. shape: (Z, Y, X).

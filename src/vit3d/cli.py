@@ -243,8 +243,8 @@ def segment(
     if out is None:
         raise ValueError("`vit3d segment` needs the name of what is written: STACK OUT.tif or STACK OUT.zarr.")
     if out.suffix == ".zarr":
-        from .out_of_core import RunOptions
-        from .segmentation_job import segment_path
+        from .blockwise.out_of_core import RunOptions
+        from .blockwise.segmentation_job import segment_path
 
         if crop is not None:
             raise ValueError("--crop is for TIFF; a store is segmented as a whole.")
@@ -269,7 +269,7 @@ def segment(
 
 def _verify(store: Path) -> None:
     """Exit status 1 when something is damaged: a script can ask."""
-    from .segmentation_job import damage_report
+    from .blockwise.segmentation_job import damage_report
 
     lines = damage_report(store)
     typer.echo("\n".join(lines) or f"{store} is whole.")

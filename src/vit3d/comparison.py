@@ -5,7 +5,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from .gold import align_gold, without_untraced
+from .annotations.gold import align_gold, without_untraced
 from .model.intensity_vit3d import measure
 from .scoring import score_trees
 from .tree import NeuronTree

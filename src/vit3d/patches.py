@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .augmentation import DEFAULT, Augmentation, resample, vary_geometry, vary_intensity, vary_orientation
+from .learning.augmentation import DEFAULT, Augmentation, resample, vary_geometry, vary_intensity, vary_orientation
 from .model.image_processing_vit3d import ViT3DImageProcessor
 from .model.intensity_vit3d import IntensityStatistics
 from .targets import IGNORED

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy.spatial import cKDTree
 
-from vit3d.lazy_voxels import projection
+from vit3d.formats.lazy_voxels import projection
 from vit3d.tree import NeuronTree
 from vit3d.volume import Volume
 

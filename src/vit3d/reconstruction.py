@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from .lazy_voxels import ChangedVoxels, LazyVoxels, VoxelsWithin, pieces
+from .formats.lazy_voxels import ChangedVoxels, LazyVoxels, VoxelsWithin, pieces
 from .tracing import Review, trace_with_review
 from .tree import NeuronTree, write_swc
 from .volume import SUFFIXES, Volume, is_stack, is_url, open_volume, write_volume
@@ -106,13 +106,13 @@ def reconstruct_on_disk(
 
     Any number of processes may do this at once and be killed: all segment into one store, one of them adds its coarser
     levels and traces it, and the others get None. Started again, it goes on. `run`: fields of
-    `vit3d.out_of_core.RunOptions`. The tree is that of the probability in memory; memory follows the neuron. The store
-    holds the probability also where `mask` is 0.
+    `vit3d.blockwise.out_of_core.RunOptions`. The tree is that of the probability in memory; memory follows the neuron.
+    The store holds the probability also where `mask` is 0.
     """
-    from .leases import Leases
+    from .blockwise.leases import Leases
+    from .blockwise.out_of_core import RunOptions, segment_store
+    from .formats.pyramid import build_pyramid, has_pyramid
     from .model.image_processing_vit3d import ViT3DImageProcessor
-    from .out_of_core import RunOptions, segment_store
-    from .pyramid import build_pyramid, has_pyramid
 
     if mask is not None:
         _check_mask(mask, volume)

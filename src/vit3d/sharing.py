@@ -12,12 +12,12 @@ import torch
 from huggingface_hub import DatasetCardData, snapshot_download
 from tqdm import tqdm
 
+from .annotations.pairs import find_pairs
 from .checkpoint import load_checkpoint, place_of
 from .model.configuration_vit3d import ViT3DConfig
 from .model.image_processing_vit3d import ViT3DImageProcessor
 from .model.modeling_vit3d import ViT3DForNeuronSegmentation
 from .model_card import Record, card_of, check_card
-from .pairs import find_pairs
 from .repository import HubRepository
 
 PREVIEW = "preview.png"

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.spatial import cKDTree
 
-from vit3d.foreground import Foreground, find_foreground, find_level, intensity_threshold, smoothed
-from vit3d.joining import join_fragments
+from vit3d.centerlines.foreground import Foreground, find_foreground, find_level, intensity_threshold, smoothed
+from vit3d.centerlines.joining import join_fragments
+from vit3d.centerlines.skeleton import skeletonize
 from vit3d.morphometry import resample
-from vit3d.skeleton import skeletonize
 from vit3d.tree import SOMA, NeuronTree, follow
 from vit3d.volume import Volume
 

@@ -22,17 +22,17 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from .checkpoint import load_checkpoint, place_of
-from .cldice import soft_cldice_loss
-from .launching import num_workers, start_accelerator
+from .learning.cldice import soft_cldice_loss
+from .learning.launching import num_workers, start_accelerator
+from .learning.optimization import freeze, optimizer_and_schedule, parameter_groups
+from .learning.run_folder import Log, RunFolder, copy_checkpoint, save
+from .learning.training_config import TrainingConfig
+from .learning.training_data import chosen_neurons, neuron_facts, read_gold, training_volumes
 from .model.auto_vit3d import register
 from .model.configuration_vit3d import ViT3DConfig
 from .model.image_processing_vit3d import ViT3DImageProcessor
 from .model.modeling_vit3d import ViT3DForNeuronSegmentation
-from .optimization import freeze, optimizer_and_schedule, parameter_groups
 from .patches import CropDataset
-from .run_folder import Log, RunFolder, copy_checkpoint, save
-from .training_config import TrainingConfig
-from .training_data import chosen_neurons, neuron_facts, read_gold, training_volumes
 
 __all__ = ["TrainingConfig", "TrainingRun", "initial_model", "parameter_groups", "read_gold", "save", "train"]
 
@@ -65,7 +65,7 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
     model = initial_model(config) if state is None else ViT3DForNeuronSegmentation(ViT3DConfig.from_pretrained(state))
     freeze(model, config.frozen)
     processor = ViT3DImageProcessor.from_config(model.config)
-    from .validation import Validator  # it is composed of the other verbs
+    from .learning.validation import Validator  # it is composed of the other verbs
 
     with folder.left_as_it_was():
         with accelerator.local_main_process_first():  # the others find the volumes made
@@ -220,7 +220,7 @@ class TrainingRun:
                 copy_checkpoint(self.folder.last, self.folder.best)
 
     def _draw(self) -> None:
-        from .curve import plot_training
+        from .learning.curve import plot_training
 
         plot_training(self.folder.rows(), self.folder.curve)
         self.drawn = Pause(_DRAWING_S)

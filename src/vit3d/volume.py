@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .axes import SpacingUm, checked_spacing
-from .lazy_voxels import LazyVoxels, check_memory
-from .slice_folder import holds_slices, open_slices
-from .tiff import open_tiff, write_tiff
-from .vaa3d import open_vaa3d
+from .formats.axes import SpacingUm, checked_spacing
+from .formats.lazy_voxels import LazyVoxels, check_memory
+from .formats.slice_folder import holds_slices, open_slices
+from .formats.tiff import open_tiff, write_tiff
+from .formats.vaa3d import open_vaa3d
 
 _TIFF_SUFFIXES = (".tif", ".tiff", ".btf", ".tf8", ".lsm")
 _VAA3D_SUFFIXES = (".v3draw", ".v3dpbd")
@@ -80,7 +80,7 @@ def open_volume(
     if str(where).endswith(".zarr.partial"):
         raise ValueError(f"{where} is not finished: repeat the command that began it.")
     if isinstance(where, str) or _is_zarr(where):
-        from .zarr_store import open_zarr  # here: it takes a quarter of a second to load zarr
+        from .formats.zarr_store import open_zarr  # here: it takes a quarter of a second to load zarr
 
         chosen = {"channel": channel, "time": time, "level": level, "missing_as_fill": missing_as_fill}
         voxels, stated_um = open_zarr(str(where), **chosen)
@@ -136,7 +136,7 @@ def write_volume(volume: Volume, path: str | Path) -> None:
     """
     path = Path(path)
     if path.suffix.lower() == ".zarr":
-        from .pyramid import write_store
+        from .formats.pyramid import write_store
 
         return write_store(volume.voxels, path, volume.spacing_um)
     if path.suffix.lower() not in (".tif", ".tiff"):

@@ -11,15 +11,15 @@ DEVICES = ("auto", "cpu", "cuda")
 class TrainingConfig:
     """Everything a run depends on; written to `OUT/training.json`.
 
-    data: folder of stacks and golds (layouts: `vit3d.pairs`; SWCs in voxels where they say no unit); may be "".
+    data: folder of stacks and golds (layouts: `annotations.pairs`; SWCs in voxels where they say no unit); may be "".
     init: a 2D ViT (Hub id or folder) to inflate with `strategy`, or a vit3d checkpoint to go on from.
     prediction: "volume", or "center_slice": the paper's mode, five slices in and their centre out.
     validate: names of neurons kept out of training, or of a split, which stands for its neurons with an SWC; the
     checkpoint with the best mean F1 on them is kept.
-    split_file: see `vit3d.pairs.read_split_file`. With it, or with a split in `validate`, only the split "train" is
-    trained on; without, every neuron that does not validate.
+    split_file: see `annotations.pairs.read_split_file`. With it, or with a split in `validate`, only the split
+    "train" is trained on; without, every neuron that does not validate.
     spacing_um: voxel size (z, y, x) of the stacks; it overrides what they say themselves and `spacing_table`.
-    gold, spacing_table: see `vit3d.pairs.find_pairs`.
+    gold, spacing_table: see `vit3d.annotations.pairs.find_pairs`.
     align: move each gold onto its image first. keep_misplaced: take golds that do not lie on their images, too.
     simulated: how many simulated neurons are mixed in, and `simulated_share` of the crops they get.
     max_steps: optimiser steps; each takes `accumulation` batches of `batch_size` crops on every process.
@@ -27,7 +27,7 @@ class TrainingConfig:
     falls by `layer_decay` from each layer to the one below it; 1.0 is one rate for all.
     frozen: parameters whose names begin with one of these do not learn.
     ema_decay: of the average of the weights, which is what is kept and validated; 0.0 keeps the weights themselves.
-    cldice_weight: of the soft-clDice term (`vit3d.cldice`), 0.0 leaves it out.
+    cldice_weight: of the soft-clDice term (`vit3d.learning.cldice`), 0.0 leaves it out.
     save_every, validate_every, log_every: steps between two of each; all three happen at the last step too.
     num_workers: processes that cut crops, for each that trains; None is one, and up to eight beside a GPU.
     log_with: trackers that Accelerate knows, comma-separated; `metrics.jsonl` is always written.

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from scipy import ndimage
 
-from .model.intensity_vit3d import IntensityStatistics
+from ..model.intensity_vit3d import IntensityStatistics
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ..model.intensity_vit3d import measure
+from ..targets import labels_from_codes, labels_from_mask
+from ..tree import NeuronTree, read_swc
+from ..volume import Volume, open_volume, read_volume
 from .gold import align_gold, check_bounds, lies_on_image, likely_cause
-from .model.intensity_vit3d import measure
 from .pairs import is_mask
-from .targets import labels_from_codes, labels_from_mask
-from .tree import NeuronTree, read_swc
-from .volume import Volume, open_volume, read_volume
 
 
 def examine(row: dict, *, align: bool = True, keep_misplaced: bool = False) -> dict:

@@ -7,18 +7,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from . import annotation
-from .gold import align_gold, check_bounds, lies_on_image, likely_cause, untraced_structure
-from .model.configuration_vit3d import ViT3DConfig
-from .model.image_processing_vit3d import ViT3DImageProcessor
-from .model.intensity_vit3d import measure
-from .pairs import find_pairs, splits_of
-from .patches import CropDataset, TrainingVolume, prepared
-from .simulate import random_neuron
-from .targets import radii_fit, training_labels
+from ..annotations import annotation
+from ..annotations.gold import align_gold, check_bounds, lies_on_image, likely_cause, untraced_structure
+from ..annotations.pairs import find_pairs, splits_of
+from ..model.configuration_vit3d import ViT3DConfig
+from ..model.image_processing_vit3d import ViT3DImageProcessor
+from ..model.intensity_vit3d import measure
+from ..patches import CropDataset, TrainingVolume, prepared
+from ..simulate import random_neuron
+from ..targets import radii_fit, training_labels
+from ..tree import NeuronTree
+from ..volume import Volume
 from .training_config import TrainingConfig
-from .tree import NeuronTree
-from .volume import Volume
 
 MIN_RADIUS_VOX = 1.5  # thinner than that a neurite has no inside for a network that paints patches
 _SIMULATED_SEEDS = 10_000  # neurons of one training seed; nobody trains on the seeds below the first of them

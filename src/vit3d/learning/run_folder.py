@@ -16,7 +16,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from .model.image_processing_vit3d import ViT3DImageProcessor
+from ..model.image_processing_vit3d import ViT3DImageProcessor
 
 # what a resumed run may change: where its files are (what they say is in `neurons` and `validate`), and how often and
 # with what it is watched

@@ -5,7 +5,7 @@ import re
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from .model.modeling_vit3d import ViT3DForNeuronSegmentation
+from ..model.modeling_vit3d import ViT3DForNeuronSegmentation
 from .training_config import TrainingConfig
 
 _LAYER = re.compile(r"vit3d\.layers\.(\d+)\.")

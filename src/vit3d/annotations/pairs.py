@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from .volume import SUFFIXES
+from ..volume import SUFFIXES
 
 TEST_SHARE = 0.2
 SCALING_TABLE = "scaling_gold.csv"  # BigNeuron's own table of voxel sizes

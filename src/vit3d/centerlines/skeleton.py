@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 from scipy.linalg import solveh_banded
 
-from vit3d.foreground import Foreground
-from vit3d.junctions import place_junctions
+from vit3d.centerlines.foreground import Foreground
+from vit3d.centerlines.junctions import place_junctions
+from vit3d.centerlines.voxel_graph import climb, extract_branches, largest_balls, shortest_paths
 from vit3d.tree import NeuronTree
-from vit3d.voxel_graph import climb, extract_branches, largest_balls, shortest_paths
 
 _CENTRING = 60.0  # how many times longer a step along the border is than one along the centre
 _COVER_SCALE, _COVER_VOXELS = 1.3, 2.0  # a path covers what lies within scale * depth + steps * in-plane voxel

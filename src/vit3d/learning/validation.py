@@ -5,9 +5,9 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from .checkpoint import load_checkpoint
-from .metrics.neuron_tracing.neuron_tracing import NeuronTracing
-from .reconstruction import reconstruct
+from ..checkpoint import load_checkpoint
+from ..metrics.neuron_tracing.neuron_tracing import NeuronTracing
+from ..reconstruction import reconstruct
 from .training_config import TrainingConfig
 from .training_data import read_pair, read_stack, warn_of_shifts
 

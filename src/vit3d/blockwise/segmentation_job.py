@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoint import DEFAULT_MODEL, load_checkpoint
+from ..volume import open_volume
 from .block_store import BlockStore, partial_path
-from .checkpoint import DEFAULT_MODEL, load_checkpoint
 from .out_of_core import Outcome, RunOptions, segment_store
-from .volume import open_volume
 
 
 def segment_path(

@@ -7,9 +7,9 @@ from functools import cached_property
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from vit3d.lazy_voxels import LazyVoxels, pieces
+from vit3d.centerlines.voxel_graph import FORWARD, OFFSETS, distance_to_background, find_neighbours, label_components
+from vit3d.formats.lazy_voxels import LazyVoxels, pieces
 from vit3d.volume import Volume
-from vit3d.voxel_graph import FORWARD, OFFSETS, distance_to_background, find_neighbours, label_components
 
 _NOISE_LEVELS = 5.0  # standard deviations of the background that no neurite hides in
 _SLAB_VOXELS = 1 << 18

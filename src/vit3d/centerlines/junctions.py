@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from vit3d.foreground import Foreground
+from vit3d.centerlines.foreground import Foreground
 from vit3d.tree import NeuronTree
 
 _REACH, _REACH_STEPS = 3.0, 5  # the fork is sought within scale * radius + steps * in-plane voxel along the parent

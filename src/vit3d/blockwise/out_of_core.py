@@ -19,12 +19,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .block_store import BlockStore, Box, Index, create, partial_path
-from .leases import EXPIRY_S, Leases
-from .memory_budget import check_memory, choose_layout, peak_bytes
-from .model.blocks_vit3d import Block, assemble
-from .model.image_processing_vit3d import ViT3DImageProcessor
-from .model.inference_vit3d import (
+from ..model.blocks_vit3d import Block, assemble
+from ..model.image_processing_vit3d import ViT3DImageProcessor
+from ..model.inference_vit3d import (
     Job,
     batches,
     occupied_windows,
@@ -32,9 +29,12 @@ from .model.inference_vit3d import (
     window_plan,
     without_faint,
 )
-from .model.intensity_vit3d import IntensityStatistics, foreground_reach
+from ..model.intensity_vit3d import IntensityStatistics, foreground_reach
+from ..volume import Volume
+from .block_store import BlockStore, Box, Index, create, partial_path
+from .leases import EXPIRY_S, Leases
+from .memory_budget import check_memory, choose_layout, peak_bytes
 from .provenance import check_same, check_same_machine, identity_of, machine_of
-from .volume import Volume
 
 _POLL_S = 0.2
 

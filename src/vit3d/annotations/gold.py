@@ -11,9 +11,9 @@ import numpy as np
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-from .targets import in_voxels
-from .tree import NeuronTree
-from .volume import Volume
+from ..targets import in_voxels
+from ..tree import NeuronTree
+from ..volume import Volume
 
 _BLUR_VOX = (0.7, 1.0, 1.0)
 _SMALLEST_SHIFT_VOX = 0.5

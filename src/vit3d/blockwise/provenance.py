@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..model.inference_vit3d import FAINT, FREE_PADDING, MOST_PADDED, OVERLAP, TOKENS_PER_BATCH
+from ..volume import Volume
 from .block_store import BlockStore, differences
-from .model.inference_vit3d import FAINT, FREE_PADDING, MOST_PADDED, OVERLAP, TOKENS_PER_BATCH
-from .volume import Volume
 
 
 def identity_of(model, volume: Volume, processor, select: bool) -> dict:

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..model.blocks_vit3d import Block
+from ..model.image_processing_vit3d import ViT3DImageProcessor
+from ..model.inference_vit3d import TOKENS_PER_BATCH, predict_batches
+from ..model.intensity_vit3d import IntensityStatistics
+from ..volume import Volume
 from .block_store import CHUNK, Layout
-from .model.blocks_vit3d import Block
-from .model.image_processing_vit3d import ViT3DImageProcessor
-from .model.inference_vit3d import TOKENS_PER_BATCH, predict_batches
-from .model.intensity_vit3d import IntensityStatistics
-from .volume import Volume
 
 BOXES = ((256, 1024, 1024), (256, 512, 512), (128, 512, 512), (128, 384, 384), (128, 256, 256), (64, 128, 128))
 _ALLOWANCE_BYTES = 2**29  # Python, torch and a batch's activations, where the box is chosen

@@ -12,7 +12,7 @@ import numpy as np
 import zarr
 from zarr.core.sync import sync
 
-from .block_store import Box
+from ..blockwise.block_store import Box
 
 DECLARATION = ("missing_chunks", "fill")
 
