@@ -87,6 +87,14 @@ def test_a_flip_is_told_from_a_gold_that_lies_on_its_image(neuron):
     assert likely_cause(flipped, volume) == f"The trace does not lie on the image as it is; it does when {mended}"
 
 
+def test_a_flip_is_seen_in_a_small_stack_full_of_neurites():
+    """Anything lies on something bright there; but not as well as where it belongs."""
+    volume, tree = simulate_neuron(seed=3, shape=(12, 64, 72))
+    assert lies_on_image(tree, volume)
+    assert not lies_on_image(tree.to("voxel").flipped(1, 63), volume)
+    assert "y is flipped (y -> 63 - y)" in likely_cause(tree.to("voxel").flipped(1, 63), volume)
+
+
 def test_an_swc_outside_its_stack_is_named_with_its_farthest_node(neuron):
     _, tree = neuron
     check_bounds(tree, SHAPE, "cell")

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import subprocess
-import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +32,7 @@ from vit3d.metrics import metric_folder
 from vit3d.patches import CropDataset
 from vit3d.reconstruction import reconstruct
 from vit3d.scoring import score_trees
-from vit3d.training import Clock, TrainingConfig, read_gold, save, train
+from vit3d.training import Clock, TrainingConfig, TrainingRun, read_gold, save, train
 from vit3d.tree import read_swc, write_swc
 from vit3d.volume import Volume, read_volume, write_volume
 
@@ -202,7 +201,7 @@ def test_the_clock_counts_waiting_alone(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_training_hardly_waits_for_its_crops_and_says_so_otherwise(tmp_path, monkeypatch):
+def test_a_training_hardly_waits_for_its_crops(tmp_path):
     """The network that ships, its window and batch, with the one worker that is the default on a CPU."""
     config = TrainingConfig("", "vit3d-tiny", str(tmp_path / "run"), simulated=1, max_steps=8, log_every=1)
     with warnings.catch_warnings():
@@ -211,10 +210,21 @@ def test_a_training_hardly_waits_for_its_crops_and_says_so_otherwise(tmp_path, m
     waits = [line["data_wait"] for line in metrics(tmp_path / "run")]
     assert len(waits) == 8
     assert np.mean(waits) < 0.05
-    slow = CropDataset.__getitem__
-    monkeypatch.setattr(CropDataset, "__getitem__", lambda self, index: (time.sleep(1), slow(self, index))[1])
-    with pytest.warns(UserWarning, match=r"Steps wait \d+% of their time for crops; try --num-workers 2 instead of 1"):
-        train(replace(config, out=str(tmp_path / "slow"), max_steps=3, batch_size=2))
+
+
+def test_a_run_that_waits_for_its_crops_says_which_flag_helps():
+    rows = [{"data_wait": wait} for wait in (0.0, 0.1, 0.2, 0.1, 0.1)] + [{"f1": 0.5}]
+    run = SimpleNamespace(folder=SimpleNamespace(rows=lambda: rows), num_workers=1)
+    with pytest.warns(UserWarning, match="Steps wait 10% of their time for crops; try --num-workers 2 instead of 1"):
+        TrainingRun._warn_of_waiting(run)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.num_workers = 0  # as asked for
+        TrainingRun._warn_of_waiting(run)
+        run.num_workers, rows[:] = 1, rows[1:]  # too few to say anything
+        TrainingRun._warn_of_waiting(run)
+        rows[:] = 9 * [{"data_wait": 0.04}]
+        TrainingRun._warn_of_waiting(run)
 
 
 def test_a_gpu_has_as_many_workers_as_its_cores_allow(config, monkeypatch):

@@ -39,6 +39,7 @@ __all__ = ["TrainingConfig", "TrainingRun", "initial_model", "parameter_groups",
 
 _DRAWING_S = 10.0  # seconds between two pictures of the curve: one takes as long as some steps
 _LONGEST_WAIT = 0.05  # of a step's time, for its crops
+_FEWEST_WAITS = 5  # logged, before anything is said about them
 
 
 def train(config: TrainingConfig, resume: bool = False) -> Path:
@@ -227,7 +228,7 @@ class TrainingRun:
 
     def _warn_of_waiting(self) -> None:
         waits = [row["data_wait"] for row in self.folder.rows() if "data_wait" in row]
-        if self.num_workers and waits and fmean(waits) > _LONGEST_WAIT:
+        if self.num_workers and len(waits) >= _FEWEST_WAITS and fmean(waits) > _LONGEST_WAIT:
             more = f"--num-workers {2 * self.num_workers} instead of {self.num_workers}"
             warnings.warn(f"Steps wait {fmean(waits):.0%} of their time for crops; try {more}.", stacklevel=2)
 

@@ -18,6 +18,8 @@ from ..volume import Volume
 _BLUR_VOX = (0.7, 1.0, 1.0)
 _SMALLEST_SHIFT_VOX = 0.5
 _LOWEST_STANDING = 0.9  # the OP golds stand at 0.99 and above, flipped ones below 0.8
+_SURE_STANDING = 0.97  # a flipped one in a small stack full of neurites may stand at 0.92, and at 0.98 turned back
+_CLEARLY_HIGHER = 0.02
 _AXES = "zyx"
 
 
@@ -75,9 +77,13 @@ def check_bounds(tree: NeuronTree, shape: tuple[int, int, int], name: str, *, ma
 def lies_on_image(tree: NeuronTree, volume: Volume, *, polarity: str = "bright") -> bool:
     """Whether the trace, shifted to its best place, is among the brightest of the image.
 
-    Measured as the mean rank of the brightness along it, 0.5 for a trace put anywhere and 1 on top.
+    Measured as the mean rank of the brightness along it, 0.5 for a trace put anywhere and 1 on top. One that is not
+    sure must not stand clearly higher flipped, swapped or rescaled.
     """
-    return _standing(tree, volume, polarity) > _LOWEST_STANDING
+    here = _standing(tree, volume, polarity)
+    if not _LOWEST_STANDING < here < _SURE_STANDING:
+        return here > _LOWEST_STANDING
+    return all(_standing(t, volume, polarity) < here + _CLEARLY_HIGHER for _, t in _other_places(tree, volume))
 
 
 def likely_cause(tree: NeuronTree, volume: Volume, *, polarity: str = "bright") -> str:
