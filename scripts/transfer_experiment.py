@@ -208,7 +208,14 @@ def _paired(rows: list[dict], strategy: str, neurons: int, seed: int, key: str) 
 def report(rows: list[dict], card: Path) -> None:
     """Tables and picture of what is finished."""
     search = [row for row in rows if row["held_out"] == SEARCHED]
-    tested = [row for row in rows if row["held_out"] == TESTED]
+    tested = [row for row in rows if row["held_out"] == TESTED and row["strategy"] in STRATEGIES]
+    budget = [{key: row["run"][key] for key in ("source", "steps", "batch_size")} for row in rows]
+    spent = [{**kind, "runs": budget.count(kind)} for kind in {str(kind): kind for kind in budget}.values()]
+    minutes = {"minutes of training, mean": fmean(row["seconds"] for row in rows) / 60}
+    fill_card(card, "budget", markdown_table([{**kind, **minutes} for kind in spent]))
+    encoders = [row for row in rows if row["held_out"] in FOLDS and row["window"] == "volume" and row["neurons"] == 5]
+    if any(row["strategy"] in SILENCED for row in rows):
+        fill_card(card, "encoders", markdown_table(table(encoders, ("held_out", "strategy"), ("dice", "f1", "loss"))))
     fill_card(card, "search", markdown_table(table(search, ("strategy", "encoder_rate"), ("dice", "f1", "loss"))))
     if tested:
         fill_card(card, "results", markdown_table(table(tested, ("window", "neurons", "strategy", "encoder_rate"))))
