@@ -23,6 +23,7 @@ from scipy.ndimage import distance_transform_edt, zoom
 from vit3d.annotations.gold import align_gold
 from vit3d.bigneuron import find_pairs
 from vit3d.checkpoint import load_checkpoint
+from vit3d.model.inference_vit3d import OVERLAP
 from vit3d.scoring import score_trees
 from vit3d.segmentation import segment
 from vit3d.simulate import Microscope, Style, expose, grow, simulate_neuron
@@ -55,16 +56,17 @@ def gold_points(gold: NeuronTree, shape: tuple[int, ...]) -> np.ndarray:
     return points[((points >= 0) & (points < shape)).all(axis=1)]
 
 
-def seam_row(name: str, volume: Volume, gold: NeuronTree, model, processor) -> dict:
-    """Two segmentations whose windows lie half a window apart, near the gold."""
+def seam_row(name: str, volume: Volume, gold: NeuronTree, model, processor, patches: float = 0.0) -> dict:
+    """Two segmentations whose windows lie half a window, and so many patches, apart, near the gold."""
     window, voxels = model.config.volume_size, np.asarray(volume.voxels)
     statistics = processor.measure(voxels)
     probability = []
-    for shift in ((0, 0, 0), tuple(size // 2 for size in window)):
+    half = [w // 2 + int(patches * p) for w, p in zip(window, model.config.patch_size, strict=True)]
+    for shift in ((0, 0, 0), half):
         ends = [
-            -(s + n - w) % (w - w // 4) if s + n > w else w - n - s
-            for s, n, w in zip(shift, voxels.shape, window, strict=True)
-        ]  # the windows are then spread evenly, a quarter shared
+            -(s + n - w) % (w - int(w * o)) if s + n > w else w - n - s
+            for s, n, w, o in zip(shift, voxels.shape, window, OVERLAP, strict=True)
+        ]  # the windows are then spread evenly, and share what they should
         padded = np.pad(voxels, list(zip(shift, ends, strict=True)), mode="edge")
         found = segment(model, Volume(padded), processor=processor, statistics=statistics).voxels
         probability.append(found[tuple(slice(s, s + n) for s, n in zip(shift, voxels.shape, strict=True))])
@@ -72,7 +74,8 @@ def seam_row(name: str, volume: Volume, gold: NeuronTree, model, processor) -> d
     neurites[tuple(gold_points(gold, voxels.shape).T)] = False
     near = distance_transform_edt(neurites) <= NEAR_VOX
     difference = np.abs(probability[0] - probability[1])[near]
-    row = {"neuron": name, "mean difference": float(difference.mean())}
+    row = {"neuron": name, "windows apart": "half a window" + (f" + {patches:g} patch" if patches else "")}
+    row["mean difference"] = float(difference.mean())
     row |= {f"{share} %": float(np.percentile(difference, share)) for share in (95, 99)}
     trees = [trace(Volume(p, volume.spacing_um)).to("voxel") for p in probability]
     return row | {"F1 of one tree against the other": score_trees(trees[0], trees[1])["f1"]}
@@ -185,7 +188,11 @@ def main() -> None:
             [selection_row(name, *pair, processor) for name, pair in neurons.items()]
             + [selection_row(*stack, processor) for stack in dim_stacks()]
         ),
-        "seams": lambda: [seam_row(name, *neurons[name], model, processor) for name in ("OP_3", "OP_6")],
+        "seams": lambda: [
+            seam_row(name, *neurons[name], model, processor, patches)
+            for patches in (0.0, 0.5)
+            for name in ("OP_3", "OP_6")
+        ],
         "command": lambda: [command_row(args.data / "OP_6.tif")],
         "spacing": lambda: [spacing_row(spacing_um, model, processor) for spacing_um in SPACINGS_UM],
     }
