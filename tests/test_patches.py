@@ -21,6 +21,7 @@ from vit3d.targets import IGNORED
 
 CONFIG = ViT3DConfig(volume_size=(8, 32, 32), patch_size=(4, 8, 8))
 SLICES = ViT3DConfig(volume_size=(8, 32, 32), patch_size=(8, 8, 8), prediction="center_slice")
+SINGLE = ViT3DConfig(volume_size=(1, 32, 32), patch_size=(1, 8, 8), prediction="center_slice")
 WIDE = ViT3DConfig(volume_size=(16, 64, 64), patch_size=(2, 8, 8))  # 512 patches
 
 
@@ -70,7 +71,7 @@ def test_a_crop_depends_on_seed_and_number_alone():
     assert not equal(forwards[0], crops(seed=1)[0])
 
 
-@pytest.mark.parametrize("config", [CONFIG, SLICES, WIDE])
+@pytest.mark.parametrize("config", [CONFIG, SLICES, SINGLE, WIDE])
 def test_a_crop_has_the_networks_window(config):
     for item in (crops(config)[i] for i in range(4)):
         assert item["pixel_values"].shape == (1, *config.volume_size)

@@ -144,8 +144,8 @@ class CropDataset(torch.utils.data.Dataset):
         if self.config.prediction == "center_slice":
             labels = labels[window[0] // 2][None]
         return {
-            "pixel_values": torch.from_numpy(np.ascontiguousarray(pixel_values)[None]),
-            "labels": torch.from_numpy(np.ascontiguousarray(labels)),
+            "pixel_values": torch.from_numpy(pixel_values.copy()[None]),
+            "labels": torch.from_numpy(labels.copy()),
             "token_mask": torch.from_numpy(keep),
         }
 
