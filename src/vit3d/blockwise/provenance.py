@@ -11,7 +11,7 @@ import torch
 
 from ..model.inference_vit3d import FAINT, FREE_PADDING, MOST_PADDED, OVERLAP, TOKENS_PER_BATCH
 from ..volume import Volume
-from .block_store import BlockStore, differences
+from .block_store import LEVELS, BlockStore, differences
 
 
 def identity_of(model, volume: Volume, processor, select: bool) -> dict:
@@ -31,6 +31,7 @@ def identity_of(model, volume: Volume, processor, select: bool) -> dict:
             "tokens_per_batch": TOKENS_PER_BATCH,
             "padded": [MOST_PADDED, FREE_PADDING],
             "faint": FAINT,
+            "rounded_to": LEVELS,
         },
     }
 
