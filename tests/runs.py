@@ -20,7 +20,7 @@ WINDOW = {"fused_layers": (1, 2), "volume_size": (8, 32, 32), "patch_size": (4, 
 def make_checkpoint(folder: Path, **overrides) -> str:
     """A tiny network that has learned nothing."""
     torch.manual_seed(0)
-    ViT3DForNeuronSegmentation(ViT3DConfig(**SIZES, **WINDOW, **overrides)).save_pretrained(folder)
+    ViT3DForNeuronSegmentation(ViT3DConfig(**{**SIZES, **WINDOW, **overrides})).save_pretrained(folder)
     return str(folder)
 
 

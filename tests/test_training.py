@@ -697,3 +697,19 @@ def test_the_sharding_configuration_names_the_layers_of_the_network():
     wrapped = config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(",")
     assert set(wrapped) <= set(ViT3DForNeuronSegmentation._no_split_modules)
     assert wrapped[0] in {type(module).__name__ for module in ViT3DForNeuronSegmentation(CONFIG).modules()}
+
+
+@pytest.mark.slow
+def test_the_mode_that_predicts_slice_by_slice_learns_and_reconstructs(config, tmp_path):
+    """The paper's: what it was trained to in a few steps goes through the whole of `reconstruct`."""
+    slices = {"prediction": "center_slice", "patch_size": (5, 8, 8), "volume_size": (5, 32, 32)}
+    init = make_checkpoint(tmp_path / "slices", **slices)
+    best = train(replace(config, init=init, prediction="center_slice", max_steps=60, head_rate=0.01, log_every=1))
+    learned = [line["loss"] for line in metrics(tmp_path / "run") if "loss" in line]
+    assert np.mean(learned[-10:]) < 0.8 * np.mean(learned[:10])
+    model, processor = load_checkpoint(str(best), device="cpu")
+    assert model.config.prediction == "center_slice"
+    volume = read_volume(Path(config.data) / "um.tif")
+    result = reconstruct(model, volume, processor=processor)
+    assert result.probability.shape == volume.shape
+    assert len(result.tree) > 1
