@@ -15,9 +15,9 @@ from vit3d.tree import NeuronTree
 from vit3d.voxel_graph import climb, extract_branches, largest_balls, shortest_paths
 
 _CENTRING = 60.0  # how many times longer a step along the border is than one along the centre
-_COVER_SCALE, _COVER_VOXELS = 1.3, 2.0  # a path covers what lies within scale * depth + steps * in-plane voxel
+_COVER_SCALE, _COVER_VOXELS = 1.1, 1.3  # a path covers what lies within scale * depth + steps * in-plane voxel
 _STIFFNESS = 2.0
-_BARE_HOPS = 2
+_BARE_HOPS = 1
 _RIDGE = 2  # power of the probability that draws a path to the ridge; in a mask all voxels weigh the same
 _PIECE_VOXELS, _PIECES = 1 << 12, 16  # voxels weighed at once: at least so many, and at most so many times
 _CAP_SLOPE = 0.4  # neurites do not taper faster than this; caps do
