@@ -248,6 +248,14 @@ def test_a_bump_is_no_branch_and_min_branch_um_prunes_longer_ones():
     assert trace(volume, min_branch_um=14.0).num_branch_points == 0
 
 
+@pytest.mark.parametrize(("radius", "apart"), [(2, 3), (3, 4), (4, 5), (5, 6)])
+def test_a_flat_neurite_has_no_ribs(radius, apart):
+    sides = [polyline([(16, y, -5), (16, y, 95)], radius) for y in (20, 20 + apart)]
+    tree = trace(Volume(paint(together(*sides), (32, 50, 90))))
+    assert tree.num_branch_points == 0
+    assert tree.cable_length == pytest.approx(89, rel=0.05)
+
+
 def test_salt_noise_adds_no_tree_and_hardly_any_cable():
     rng = np.random.default_rng(0)
     mask = paint(y_tree(), (32, 64, 80))

@@ -18,7 +18,7 @@ _SIDE_STEPS, _SIDE_TURN = 0.6, 0.2  # how far a branch strays from a straight li
 _DEPTH_STEPS, _DEPTH_EXCESS, _DEPTH_LIMIT = 0.22, 0.2, 1.5  # how well depth is known, and its mean excess in a fork
 _CURVE = 0.4  # a branch leaves its line after this share of the way
 _CANDIDATES = 20
-_AT_ONCE = 12  # branches
+_AT_ONCE = 6  # branches; more take more memory
 _SAMPLES = np.linspace(0.1, 0.9, 9)[:, None]
 _WEIGHTS = (1 - _SAMPLES) ** 2, 2 * _SAMPLES * (1 - _SAMPLES), _SAMPLES**2  # of start, control and end of a curve
 
@@ -45,7 +45,7 @@ def place_junctions(skeleton: NeuronTree, starts: np.ndarray, foreground: Foregr
     run = np.repeat(np.arange(len(starts)), stops - starts)
     left_out = np.zeros(len(skeleton), bool)
     moved = np.arange(len(skeleton))
-    ways = []  # of each branch: its first node, then as `_ways` gives them
+    ways, chosen = [], []  # of each branch: its first node, then as `_ways` gives them
     for first, stop in zip(starts.tolist(), stops.tolist(), strict=True):
         if parents[first] < 0:
             continue
@@ -61,9 +61,10 @@ def place_junctions(skeleton: NeuronTree, starts: np.ndarray, foreground: Foregr
         moved[first : first + free] = first + free
         parents[first + free] = hook
         ways.append((first + free, *_ways(skeleton, twig[free:], trunk, step)))
-    chosen = []
-    for some in range(0, len(ways), _AT_ONCE):
-        chosen += _best_ways(ways[some : some + _AT_ONCE], foreground)
+        if len(ways) == _AT_ONCE:
+            chosen += _best_ways(ways, foreground)
+            ways = []
+    chosen += _best_ways(ways, foreground) if ways else []
     for row, fork, _ in chosen:
         parents[row] = fork
     hooked = parents >= 0

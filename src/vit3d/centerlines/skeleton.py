@@ -15,11 +15,11 @@ from vit3d.centerlines.voxel_graph import climb, extract_branches, largest_balls
 from vit3d.tree import NeuronTree
 
 _CENTRING = 60.0  # how many times longer a step along the border is than one along the centre
-_COVER_SCALE, _COVER_VOXELS = 1.3, 2.0  # a path covers what lies within scale * depth + steps * in-plane voxel
+_COVER_SCALE, _COVER_VOXELS = 1.1, 1.3  # a path covers what lies within scale * depth + steps * in-plane voxel
 _STIFFNESS = 2.0
-_BARE_HOPS = 2
+_BARE_HOPS = 1
 _RIDGE = 2  # power of the probability that draws a path to the ridge; in a mask all voxels weigh the same
-_PIECE = 1 << 17
+_PIECE_VOXELS, _PIECES = 1 << 12, 16  # voxels weighed at once: at least so many, and at most so many times
 _CAP_SLOPE = 0.4  # neurites do not taper faster than this; caps do
 
 
@@ -52,8 +52,9 @@ def _smooth(foreground, voxel, parents, starts, owner):
     total, number, mass, moment = np.zeros(count), np.zeros(count), np.zeros(count), np.zeros((3, count))
     radius = foreground.depth[voxel].astype(np.float64)
     highest = foreground.probability.max()  # so that all weights of a mask are 1, whatever its value
-    for first in range(0, len(owner), _PIECE):  # in pieces, because weighted sums need 64 bits
-        piece = first + np.flatnonzero(owner[first : first + _PIECE] >= 0)
+    size = max(_PIECE_VOXELS, len(owner) // _PIECES)
+    for first in range(0, len(owner), size):  # in pieces, because weighted sums need 64 bits
+        piece = first + np.flatnonzero(owner[first : first + size] >= 0)
         rows, probability = owner[piece], foreground.probability[piece].astype(np.float64)
         weight = (probability / highest) ** _RIDGE
         total += np.bincount(rows, probability, count)

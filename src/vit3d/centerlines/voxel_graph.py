@@ -84,8 +84,8 @@ def extract_branches(paths, depth, graph, rule):
 
     paths: (parent, length) as `shortest_paths` gives them. graph: (neighbours, index, step).
     rule: (scale, extra, hops, min_branch, slope). A branch covers the voxels within scale * depth + extra voxels; it
-    must cross at least `hops` uncovered voxels and reach `min_branch` beyond the surface of the one it hangs on. It
-    ends in the centre of its cap (see `climb`).
+    ends in the centre of its cap (see `climb`); up to there it must cross at least `hops` uncovered voxels (the rim of
+    a flat neurite has its cap inside), and its farthest voxel must lie `min_branch` beyond the surface of its parent.
     Returns the voxel of each node (M,), its parent node (M,), -1 at a root, the first node of each branch (B,), and
     the node that owns each voxel (N,), the nearest one.
     """
@@ -334,10 +334,7 @@ def _extract(nodes, order, paths, rule, graph, found):
         v = np.int64(order[n])
         if owner[v] >= 0:
             continue
-        bare = 0
-        for end in (v, _cap_centre(v, depth, graph, rule[4])):
-            u, hops, uncovered = _walk_to_tree(end, parent, node, owner, queue)
-            bare = max(bare, uncovered)
+        u, hops, bare = _walk_to_tree(_cap_centre(v, depth, graph, rule[4]), parent, node, owner, queue)
         hook = node[u]
         if hook < 0:
             queue[hops] = u
