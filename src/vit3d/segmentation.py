@@ -1,7 +1,7 @@
 """VERB segment: model + Volume -> probability Volume, block by block.
 
 `accelerate launch -m vit3d.segmentation IN.zarr OUT.zarr` (or torchrun) is `vit3d segment` in many processes; what is
-larger than memory is in `out_of_core.py`.
+larger than memory is in `blockwise`.
 """
 
 import sys

@@ -45,7 +45,7 @@ _FEWEST_WAITS = 5  # logged, before anything is said about them
 def train(config: TrainingConfig, resume: bool = False) -> Path:
     """Run the training that `config` describes; returns the folder of the checkpoint to use.
 
-    That is `OUT/best` where neurons validate, else `OUT/last`. See `run_folder` for what else `OUT` holds. With
+    That is `OUT/best` where neurons validate, else `OUT/last`; `learning.run_folder` says what else `OUT` holds. With
     `resume` a run that was stopped goes on from its newest state, to the same losses as if it never had been
     (same machine, same number of processes); a folder without a run is begun. ValueError, FileNotFoundError,
     before it starts: the folder holds another run or one of another configuration, nothing to train on, no such
