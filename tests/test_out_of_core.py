@@ -538,11 +538,56 @@ def test_a_full_disk_stops_the_run_and_what_is_there_is_kept(processes, volume, 
     assert files(out) == files(expected)
 
 
+@pytest.fixture
+def disk(tmp_path):
+    """Gives a file system its size, in pages of 4 KiB: a small one is mounted first, then it grows."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def size(pages: int) -> Path:
+        options = f"{'remount,' if place.is_mount() else ''}size={4 * pages}k"
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"only who may mount can fill a disk: {done.stderr}")
+        return place
+
+    yield size
+    if place.is_mount():
+        subprocess.run(["umount", place], check=True)
+
+
 @pytest.mark.slow
-def test_the_command_under_torchrun_gives_one_store_and_names_what_is_damaged(tmp_path):
+def test_a_device_without_space_left_keeps_what_is_verified_and_goes_on_when_it_has_grown(
+    processes, volume, uninterrupted, disk
+):
+    expected, _ = uninterrupted
+    source = Path(volume.voxels.array.store.root)
+    pages = sum(-(-path.stat().st_size // 4096) for path in expected.rglob("*") if path.is_file())
+    out = disk(pages * 2 // 3) / "out.zarr"
+    process = processes(source, out)
+    process.join()
+    assert process.exitcode == 3
+    assert not out.exists()
+    kept = BlockStore(partial_path(out)).num_done()
+    assert 0 < kept < len(files(expected))
+    disk(3 * pages)
+    process = processes(source, out)
+    process.join()
+    assert process.exitcode == 0
+    assert files(out) == files(expected)
+
+
+TORCHRUN = (["torch.distributed.run", "--nproc-per-node", "2"], {})
+ACCELERATE = (["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"], {"ACCELERATE_USE_CPU": "true"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_the_command_under_a_launcher_gives_one_store_and_names_what_is_damaged(launcher, tmp_path):
+    launch, variables = launcher
     store_stack(tmp_path / "in.zarr", neuron())
     tiny_model("volume").save_pretrained(tmp_path / "tiny")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
 
     def run(*command) -> subprocess.CompletedProcess:
         return subprocess.run(
@@ -550,7 +595,7 @@ def test_the_command_under_torchrun_gives_one_store_and_names_what_is_damaged(tm
         )
 
     job = ("in.zarr", "out.zarr", "--model", "tiny", "--spacing", "1,0.3,0.3", "--box", "64,64,64")
-    done = run("torch.distributed.run", "--nproc-per-node", "2", "-m", "vit3d.segmentation", *job)
+    done = run(*launch, "-m", "vit3d.segmentation", *job)
     assert done.returncode == 0, done.stderr
     boxes = [int(n) for n in re.findall(r"computed (\d+) boxes", done.stdout)]
     assert sum(boxes) == 18
