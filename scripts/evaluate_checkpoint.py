@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from vit3d.annotations.gold import align_gold, without_untraced
 from vit3d.bigneuron import find_pairs
@@ -82,9 +83,8 @@ def main() -> None:
     )
     words += f"version that ships), F1 at 2 voxels is **{chosen['f1']:.3f}** against the gold trace shifted onto its "
     words += f"image; the mean over all {len(real)} neurons is {mean:.3f}. Segmenting and tracing it took "
-    words += (
-        f"{chosen['seconds']:.1f} s on two CPU cores. Written by {command}; the data are not part of the repository."
-    )
+    words += f"{chosen['seconds']:.1f} s on {torch.get_num_threads()} CPU thread(s) of a shared machine. "
+    words += f"Written by {command}; the data are not part of the repository."
     fill_card(args.readme, "number", words)
 
 
