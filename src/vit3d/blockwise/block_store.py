@@ -129,8 +129,7 @@ class BlockStore:
     def write(self, index: Index, voxels: np.ndarray | None, **facts) -> None:
         """Store a box, float32 rounded to whole 2048ths; None is a box of zeros. Flushed to disk on return.
 
-        `facts` go into the done-record. A second write of the same voxels
-        changes no byte.
+        `facts` go into the done-record. A second write of the same voxels changes no byte.
         """
         data = _shard(self.layout, voxels)
         path = self.folder / self.file_of(index)
