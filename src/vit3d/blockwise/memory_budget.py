@@ -11,7 +11,7 @@ import torch
 
 from ..model.blocks_vit3d import Block
 from ..model.image_processing_vit3d import ViT3DImageProcessor
-from ..model.inference_vit3d import TOKENS_PER_BATCH, predict_batches
+from ..model.inference_vit3d import TOKENS_PER_BATCH, predict_batches, window_plan
 from ..model.intensity_vit3d import IntensityStatistics
 from ..volume import Volume
 from .block_store import CHUNK, Layout
@@ -62,7 +62,8 @@ def _trial(model, volume: Volume, statistics: IntensityStatistics) -> None:
     window, grid = Block((0, 0, 0), config.volume_size), np.ones(config.grid_size, dtype=bool)
     grid[0, 0, 0] = False  # the selecting path takes more memory than the dense one
     voxels, batch = np.zeros(config.volume_size, dtype=volume.voxels.dtype), [(window, window, grid)] * count
-    next(predict_batches(model, voxels, [batch], ViT3DImageProcessor.from_config(config), statistics))
+    plan, box = window_plan(voxels.shape, config), window.inside(voxels.shape)
+    next(predict_batches(model, voxels, [batch], ViT3DImageProcessor.from_config(config), statistics, plan, box))
 
 
 def peak_bytes() -> int:

@@ -307,13 +307,14 @@ class _Run:
         if not jobs:
             return None
         box = self.store.layout.box_of(index)
-        probability = assemble(self.plan, self._results(part, jobs), box)
+        probability = assemble(self.plan, self._results(part, jobs, box), box)
         if not np.isfinite(probability.sum()):
             raise ValueError(f"The network gave NaN or infinite probabilities in {_said(box)}.")
         return without_faint(probability)
 
-    def _results(self, part: Part, jobs: list[Job]) -> Iterator[tuple[Block, np.ndarray]]:
-        results = predict_batches(self.model, part, batches(jobs), self.processor, self.statistics)
+    def _results(self, part: Part, jobs: list[Job], box: Box) -> Iterator[tuple[Block, torch.Tensor]]:
+        todo, statistics = batches(jobs), self.statistics
+        results = predict_batches(self.model, part, todo, self.processor, statistics, self.plan, box)
         while True:
             with self._timed("predict"):
                 batch = next(results, None)

@@ -1,6 +1,6 @@
 """NOUN  Block: a window to read and what of it to keep; plans over a shape, and puts results together.
 
-Numpy only, and no model: any function from a window to an array of the same size can be run block by block.
+No model: any function from a window to an array of the same size can be run block by block.
 Coordinates are voxels, (depth, height, width). Windows may reach beyond the volume (it is then replicated
 at its border), so that a network always sees the size it was trained with.
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise, product
 
 import numpy as np
+import torch
 
 Box = tuple[slice, slice, slice]
 
@@ -73,6 +74,13 @@ class BlockPlan:
         for start in product(*self._starts):
             yield Block(start, self.window)
 
+    def kept(self, block: Block, box: Box) -> tuple[Box, Box]:
+        """What of `box` the block holds, counted from the box's start; and the same voxels, from the window's."""
+        spans = list(zip(box, block.inside(self.shape), block.start, strict=True))
+        met = [slice(max(b.start, i.start), min(b.stop, i.stop)) for b, i, _ in spans]
+        there = tuple(slice(m.start - b.start, m.stop - b.start) for m, (b, _, _) in zip(met, spans, strict=True))
+        return there, tuple(slice(m.start - s, m.stop - s) for m, (_, _, s) in zip(met, spans, strict=True))
+
     def meeting(self, box: Box) -> list[Block]:
         """The blocks that hold a voxel of `box`, in the plan's order; found without looking at the others."""
         spans = zip(self._starts, self.window, box, strict=True)
@@ -90,21 +98,18 @@ class BlockPlan:
 
 
 def assemble(plan: BlockPlan, results: Iterable[tuple[Block, np.ndarray]], box: Box | None = None) -> np.ndarray:
-    """Weighted sum of window results, float32, of the volume's shape or of a `box` of it.
+    """Weighted sum of window results (arrays or tensors), float32, of the volume's shape or of a `box` of it.
 
     A block left out counts as zeros.
     """
     box = box or tuple(slice(0, size) for size in plan.shape)
-    volume = np.zeros([b.stop - b.start for b in box], dtype=np.float32)
+    volume = np.zeros([b.stop - b.start for b in box], dtype=np.float32)  # numpy asks for large pages
     for block, result in results:
-        spans = list(zip(box, block.inside(plan.shape), block.start, strict=True))
-        met = [slice(max(b.start, i.start), min(b.stop, i.stop)) for b, i, _ in spans]
-        there = tuple(slice(m.start - b.start, m.stop - b.start) for m, (b, _, _) in zip(met, spans, strict=True))
-        crop = tuple(slice(m.start - s, m.stop - s) for m, (_, _, s) in zip(met, spans, strict=True))
+        there, crop = plan.kept(block, box)
         shares, rows, columns = plan.profiles(block, crop)
-        across = rows[:, None] * columns
-        for plane, values, share in zip(volume[there], result[crop], shares, strict=True):
-            plane += values * (across * share)  # plane by plane: in the cache
+        across, kept = torch.from_numpy(rows[:, None] * columns), torch.as_tensor(result[crop], dtype=torch.float32)
+        for plane, values, share in zip(torch.from_numpy(volume[there]), kept, shares.tolist(), strict=True):
+            plane.addcmul_(values, across, value=share)  # plane by plane: in the cache
     return volume
 
 

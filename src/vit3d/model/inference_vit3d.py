@@ -11,7 +11,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from .blocks_vit3d import Block, BlockPlan, assemble
+from .blocks_vit3d import Block, BlockPlan, Box, assemble
 from .image_processing_vit3d import ViT3DImageProcessor
 from .intensity_vit3d import IntensityStatistics
 
@@ -47,7 +47,8 @@ def predict(
     plan = window_plan(voxels.shape, model.config)
     jobs = occupied_windows(plan, mask, processor, model.config)
     todo = progress(list(batches(jobs, batch_size)))
-    results = chain.from_iterable(predict_batches(model, voxels, todo, processor, statistics))
+    whole = tuple(slice(0, size) for size in voxels.shape)
+    results = chain.from_iterable(predict_batches(model, voxels, todo, processor, statistics, plan, whole))
     return without_faint(assemble(plan, results))
 
 
@@ -97,11 +98,18 @@ def batches(jobs: list[Job], batch_size: int | None = None) -> Iterator[list[Job
 
 
 def predict_batches(
-    model, voxels, todo: Iterable[list[Job]], processor: ViT3DImageProcessor, statistics: IntensityStatistics
-) -> Iterator[list[tuple[Block, np.ndarray]]]:
-    """For each batch, in one forward pass: (block to write, its probability, float32) of each window.
+    model,
+    voxels,
+    todo: Iterable[list[Job]],
+    processor: ViT3DImageProcessor,
+    statistics: IntensityStatistics,
+    plan: BlockPlan,
+    box: Box,
+) -> Iterator[list[tuple[Block, torch.Tensor]]]:
+    """For each batch, in one forward pass: (block to write, float32 on the CPU) of each window.
 
-    What one batch gave is to be used before the next is asked for.
+    It is probability where the plan keeps it for `box`, and undefined elsewhere. What one batch gave is to be used
+    before the next is asked for.
     """
     pixels = np.empty(0, dtype=np.float32)  # one for all batches: fresh memory would take longer than normalising
     for batch in todo:
@@ -111,16 +119,18 @@ def predict_batches(
         windows = pixels[: math.prod(shape)].reshape(shape)
         for (read, _, _), window in zip(batch, windows, strict=True):
             processor.pixel_values(read.read(voxels), statistics, out=window[0])
-        yield _predict_batch(model, windows, batch)
+        with torch.inference_mode():
+            logits = _logits(model, windows, [tokens for _, _, tokens in batch])
+            for (_, write, _), window in zip(batch, logits, strict=True):
+                window[plan.kept(write, box)[1]].sigmoid_()
+            results = logits.cpu()
+        yield [(write, window) for (_, write, _), window in zip(batch, results, strict=True)]
 
 
-@torch.inference_mode()
-def _predict_batch(model, windows: np.ndarray, batch: list[Job]) -> list[tuple[Block, np.ndarray]]:
-    _, writes, masks = zip(*batch, strict=True)
+def _logits(model, windows: np.ndarray, masks: list[np.ndarray]) -> torch.Tensor:
     token_mask = torch.from_numpy(np.stack(masks)).to(model.device)
     # all kept is the dense computation: without a mask it needs no gathering
-    logits = model(torch.from_numpy(windows).to(model.device), None if token_mask.all() else token_mask).logits
-    return list(zip(writes, logits[:, 0].sigmoid_().cpu().numpy(), strict=True))
+    return model(torch.from_numpy(windows).to(model.device), None if token_mask.all() else token_mask).logits[:, 0]
 
 
 def without_faint(probability: np.ndarray) -> np.ndarray:

@@ -127,8 +127,9 @@ def normalize(
         out[...] = _normalize(voxels, statistics, mean, std)
         return out
     levels = _normalized_levels(statistics, voxels.dtype, mean, std)  # few grey levels: each is looked up,
-    for plane in np.ndindex(voxels.shape[:-2]):  # plane by plane: in the cache
-        np.take(levels, voxels[*plane, ...], out=out[*plane, ...], mode="clip")
+    planes = (-1, *(voxels.shape[-2:] or (1,)))  # plane by plane: in the cache
+    for plane, filled in zip(voxels.reshape(planes), out.reshape(planes), strict=True):
+        levels.take(plane, out=filled, mode="clip")
     return out
 
 
