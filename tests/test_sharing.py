@@ -300,6 +300,15 @@ def test_what_the_hub_refuses_is_one_line_of_the_command_and_nothing_is_publishe
     assert not hub.repos
 
 
+def test_a_missing_token_is_said_before_any_work(hub, monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(ValueError, match="hf auth login"):
+        share(tmp_path / "no checkpoint", REPO)
+    with pytest.raises(ValueError, match="hf auth login"):
+        share_dataset(tmp_path / "no data", REPO, licence="mit")
+    assert not hub.requests
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "faults",

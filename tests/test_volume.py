@@ -322,6 +322,12 @@ def test_a_2d_image_is_refused(tmp_path, shape, photometric):
         read_volume(tmp_path / "a.tif")
 
 
+def test_slices_that_were_saved_as_channels_are_refused_with_the_way_out(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", noise((9, 8, 7), np.uint8), imagej=True)
+    with pytest.raises(ValueError, match=r"2D image \(axes CYX.*metadata=\{'axes': 'ZYX'\}"):
+        read_volume(tmp_path / "a.tif")
+
+
 def test_axes_that_mean_nothing_here_are_refused(tmp_path):
     axes = {"metadata": {"axes": "AZYX"}, "photometric": "minisblack"}
     tifffile.imwrite(tmp_path / "a.tif", noise((3, 4, 8, 7)), **axes)

@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
 )
-from huggingface_hub.utils import get_session, validate_repo_id
+from huggingface_hub.utils import get_session, get_token, validate_repo_id
 
 TIMEOUT_S = 120  # for a connection, and for silence on it; huggingface_hub itself waits for ever
 WAITS_S = (0, 2, 8)  # before each try; what cannot pass by itself is tried once
@@ -41,6 +41,12 @@ class HubRepository:
             raise ValueError(f"{repo_id!r} is no repository id NAMESPACE/NAME: the namespace is missing.")
         self.repo_id, self.kind = repo_id, kind
         self.place = {"repo_id": repo_id, "repo_type": kind}
+
+    def check_token(self) -> None:
+        """ValueError where no token is on this machine: said before any work, and without asking the Hub."""
+        with self._sentences():
+            if get_token() is None:
+                raise LocalTokenNotFoundError
 
     def publish(
         self, folder: Path, message: str, *, private: bool = False, check: Callable[[Path], None] = lambda pulled: None

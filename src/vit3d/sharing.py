@@ -68,6 +68,8 @@ def share(
     the one on file, or the Hub refuses; nothing is then published.
     """
     repository = HubRepository(repo_id)
+    if not dry_run:
+        repository.check_token()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         files = prepare(checkpoint, repo_id, folder, card, licence, base_model)
@@ -130,6 +132,8 @@ def share_dataset(
             f"A data set is shared under a licence that lets others have it, --licence {', '.join(OPEN_LICENCES[:5])}, "
             f"...; got {licence or 'none'}."
         )
+    if not dry_run:
+        repository.check_token()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         files = prepare_dataset(data, repo_id, folder, licence.lower())

@@ -41,7 +41,10 @@ def stack_index(axes: str, shape: tuple[int, ...], where, channel: int | None = 
             "or name the axis Z if these are slices."
         )
     if re.sub("[CST]", "", letters) == "YX":
-        raise ValueError(f"{where} is a 2D image ({said}); a stack is needed, its slices on an axis named Z.")
+        hint = "a stack is needed, its slices on an axis named Z"
+        if "C" in letters:  # what ImageJ, and tifffile without `axes`, make of slices that nobody named
+            hint += "; if the channels are slices: in ImageJ Image > Properties, in tifffile metadata={'axes': 'ZYX'}"
+        raise ValueError(f"{where} is a 2D image ({said}); {hint}.")
     if re.fullmatch("(C?ZYX|ZC?YX|ZYXS?|S?ZYX)", letters.replace("T", "")) is None:
         raise ValueError(f"{where} has {said}, not one 3D stack with channels; save it as Z, C, Y, X.")
     chosen = _chosen(long, where, channel, time)
