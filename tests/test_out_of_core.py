@@ -3,6 +3,7 @@
 import hashlib
 import multiprocessing
 import os
+import pty
 import random
 import re
 import resource
@@ -10,7 +11,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -612,3 +615,39 @@ def test_the_command_under_a_launcher_gives_one_store_and_names_what_is_damaged(
         r"vit3d: out\.zarr was begun with other settings: [^\n]+\n", refused.stderr.splitlines(True)[-1]
     )
     assert "Traceback" not in refused.stderr
+
+
+def on_a_terminal(command: list[str], environment: dict, folder: Path) -> tuple[subprocess.Popen, int]:
+    """A process whose messages go to a terminal of its own, and the terminal's other end."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    process = subprocess.Popen(command, cwd=folder, env=environment, stderr=theirs, stdout=subprocess.PIPE, text=True)
+    os.close(theirs)
+    return process, ours
+
+
+def shown_on(terminal: int) -> str:
+    """All that came, until the process has let go of it."""
+    parts = []
+    with suppress(OSError):  # how Linux says that the other end is closed
+        while part := os.read(terminal, 65536):
+            parts.append(part)
+    os.close(terminal)
+    return b"".join(parts).decode()
+
+
+@pytest.mark.slow
+def test_one_bar_counts_the_boxes_of_all_ranks_and_says_how_long_it_will_take(tmp_path):
+    store_stack(tmp_path / "in.zarr", neuron())
+    tiny_model("volume").save_pretrained(tmp_path / "tiny")
+    job = ("in.zarr", "out.zarr", "--model", "tiny", "--spacing", "1,0.3,0.3", "--box", "64,64,64")
+    command = [sys.executable, "-m", "vit3d.segmentation", *job]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WORLD_SIZE": "2"}
+    ranks = [on_a_terminal(command, {**environment, "RANK": str(rank)}, tmp_path) for rank in range(2)]
+    shown = [shown_on(terminal) for _, terminal in ranks]
+    said = [process.communicate(timeout=300)[0] for process, _ in ranks]
+    computed = [int(re.search(r"computed (\d+) boxes", text).group(1)) for text in said]
+    assert sum(computed) == 18
+    assert min(computed) > 0
+    assert re.search(r"segment:.* 18/18 \[\d\d:\d\d<", shown[0])
+    assert "segment:" not in shown[1]
