@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
+from scipy import ndimage
 
 from vit3d import ViT3DImageProcessor
 from vit3d.learning.augmentation import Augmentation, resample, vary_geometry, vary_intensity, vary_orientation
@@ -169,3 +170,60 @@ def test_exposure_moves_brightness_and_black_level():
     brightness = [light[stack.neurite].mean() / plain for light in lights]
     assert min(brightness) < 0.8
     assert max(brightness) > 1.2
+
+
+# --- what is no neurite ---
+
+
+def far_from(neurite: np.ndarray) -> np.ndarray:
+    return ndimage.distance_transform_edt(~neurite) > 8
+
+
+def test_a_crowd_glows_smoothly_and_takes_no_light_away():
+    stack = fibre()
+    for seed in range(5):
+        added = light_of(stack, Augmentation.none(crowd=1), seed) - light_of(stack, NOTHING)
+        assert added.min() >= -1e-6
+        assert 0.1 < added.max() < 2
+        assert np.abs(np.diff(added, axis=2)).max() < 0.2 * added.max()
+
+
+def test_stripes_run_along_one_axis_in_the_plane_and_slices_are_of_unlike_brightness():
+    stack, ratios, slices = fibre(noise=1), [], []
+    ground = far_from(stack.neurite).all(axis=0)
+    for seed in range(20):
+        light = light_of(stack, Augmentation.none(stripes=1), seed)
+        rows, columns = (np.median(light, axis).std(axis=-1).mean() for axis in (1, 2))
+        ratios.append(rows / columns)
+        slices.append(light[:, ground].mean(axis=1).std())
+    assert np.mean([max(ratio, 1 / ratio) for ratio in ratios]) > 2
+    assert max(slices) > 5 * light_of(stack, NOTHING)[:, ground].mean(axis=1).std()
+
+
+def test_speckle_is_strongest_where_light_is_and_keeps_its_mean():
+    stack = fibre()
+    for seed in range(5):
+        factors = light_of(stack, Augmentation.none(speckle=1), seed) / np.maximum(light_of(stack, NOTHING), 1e-9)
+        on, off = factors[stack.neurite], light_of(stack, Augmentation.none(speckle=1), seed)[far_from(stack.neurite)]
+        assert abs(on.mean() - 1) < 0.3
+        assert on.std() > max(0.15, off.std())
+
+
+def test_texture_is_noise_whose_neighbours_are_alike():
+    stack = fibre()
+    for seed in range(5):
+        noise = (light_of(stack, Augmentation.none(texture=1), seed) - light_of(stack, NOTHING))[5]
+        beside = np.corrcoef(noise[:, :-1].ravel(), noise[:, 1:].ravel())[0, 1]
+        assert beside > 0.3
+        assert 0.005 < noise.std() < 0.15
+
+
+def test_sharpening_leaves_a_halo_beside_the_neurite_and_nothing_far_away():
+    stack = fibre()
+    plain = light_of(stack, NOTHING)
+    beside = ndimage.binary_dilation(stack.neurite, iterations=2) & ~ndimage.binary_dilation(stack.neurite)
+    for seed in range(5):
+        light = light_of(stack, Augmentation.none(sharpen=1), seed)
+        assert light[beside].mean() < plain[beside].mean() - 0.05
+        assert light[stack.neurite].mean() > plain[stack.neurite].mean()
+        assert_allclose(light[far_from(stack.neurite)], plain[far_from(stack.neurite)], atol=0.1)

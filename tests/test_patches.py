@@ -104,7 +104,8 @@ def test_a_centre_slice_crop_has_the_label_of_its_centre_slice():
 
 def test_image_and_labels_stay_on_each_other():
     """Resampled too, but for the half voxel that the fibre's edge is blurred by then."""
-    for augmentation, share in ((Augmentation.none(flip=0.5, transpose=0.5), 0), (Augmentation(), 0.1)):
+    real = replace(Augmentation(), crowd=0, stripes=0, texture=0, speckle=0, sharpen=0)  # else more than fibres shine
+    for augmentation, share in ((Augmentation.none(flip=0.5, transpose=0.5), 0), (real, 0.1)):
         seen, wrong = 0, []
         for item in (crops(length=20, augmentation=augmentation)[i] for i in range(20)):
             values, neurite = item["pixel_values"][0], item["labels"] == 1

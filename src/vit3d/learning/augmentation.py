@@ -29,6 +29,11 @@ class Augmentation:
     blur: float = 0.15
     drop_slices: float = 0.1
     polarity: float = 0.1
+    crowd: float = 0.1
+    stripes: float = 0.1
+    texture: float = 0.1
+    speckle: float = 0.1
+    sharpen: float = 0.1
 
     def __post_init__(self):
         for field in fields(self):
@@ -97,6 +102,7 @@ def vary_intensity(
     """
     light = (voxels.astype(np.float32) - np.float32(statistics.background)) * np.float32(statistics.sign)
     light /= np.float32(statistics.contrast)
+    light = _with_artefacts(light, rng, augmentation)
     if rng.random() < augmentation.blur:
         width = rng.uniform(0.4, 1.2)
         light = ndimage.gaussian_filter(light, (rng.uniform(0, 0.5), width, width), truncate=3)
@@ -125,6 +131,56 @@ def vary_intensity(
         noise=statistics.noise / statistics.contrast,
         polarity="dark" if dark else "bright",
     )
+
+
+def _with_artefacts(light: np.ndarray, rng: np.random.Generator, augmentation: Augmentation) -> np.ndarray:
+    """What is no neurite, in the order in which light meets it: cells, optics, detector, software."""
+    haze = np.float32(rng.uniform(0, 0.3))  # unstructured light that the statistics took for background
+    if rng.random() < augmentation.crowd:
+        width = rng.uniform(4, 8)
+        glow = ndimage.gaussian_filter(light[::-1, ::-1], (rng.uniform(1.5, 4), width, width), mode="wrap", truncate=3)
+        light = light + np.float32(rng.uniform(0.1, 0.8)) * glow / max(np.float32(np.percentile(glow, 99.5)), 1e-3)
+    if rng.random() < augmentation.stripes:
+        light = (light + haze) * _stripes(light.shape, rng) - haze
+    if rng.random() < augmentation.speckle:
+        light = (light + haze) * _speckle(light.shape, rng) - haze
+    if rng.random() < augmentation.texture:
+        light = light + np.float32(rng.uniform(0.01, 0.1)) * _clumped_noise(light.shape, rng)
+    if rng.random() < augmentation.sharpen:
+        width = rng.uniform(1.2, 3)
+        blurred = ndimage.gaussian_filter(light, (0.5 * width, width, width), truncate=3)
+        light = light + np.float32(rng.uniform(0.5, 3)) * (light - blurred)
+    return light
+
+
+def _stripes(shape: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
+    """(Z, Y, X) factors: bands along y or x that drift with depth, each from a place on, and whole slices."""
+    depth, height, width = shape
+    sheets = ndimage.gaussian_filter(rng.standard_normal((depth, height)), (rng.uniform(0.5, 3), rng.uniform(0.5, 3)))
+    sheets /= max(sheets.std(), 1e-6)
+    begins = rng.uniform(-1, 1, (1, height, 1)) * width
+    factors = np.exp(-rng.uniform(0.05, 0.6) * sheets[:, :, None] * (np.arange(width) > begins))
+    factors *= np.exp(rng.uniform(0, 0.3) * rng.standard_normal((depth, 1, 1)))
+    turn = height == width and rng.random() < 0.5
+    return (factors.transpose(0, 2, 1) if turn else factors).astype(np.float32)
+
+
+def _speckle(shape: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
+    """(Z, Y, X) factors of mean 1, coarser than a voxel: the intensity of one to four random waves."""
+    waves, width = int(rng.choice([1, 2, 4])), rng.uniform(0.3, 1.1)
+    fields = rng.standard_normal((2 * waves, *shape), np.float32)
+    factors = np.square(ndimage.gaussian_filter(fields, (0, 0.5 * width, width, width), truncate=3)).sum(axis=0)
+    return factors / max(factors.mean(), 1e-6)
+
+
+def _clumped_noise(shape: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
+    """(Z, Y, X) noise of standard deviation 1 whose neighbours are alike, or, in rings, opposite."""
+    width = rng.uniform(0.5, 1.6)
+    noise = rng.standard_normal(shape, np.float32)
+    fine = ndimage.gaussian_filter(noise, (rng.uniform(0, 1) * width, width, width), truncate=3)
+    if rng.random() < 0.5:  # a band of frequencies, as a deconvolution leaves it
+        fine -= ndimage.gaussian_filter(noise, 1.6 * width, truncate=3)
+    return fine / max(fine.std(), 1e-6)
 
 
 def _without_slices(light: np.ndarray, rng: np.random.Generator) -> np.ndarray:
