@@ -16,6 +16,8 @@ from vit3d.morphometry import path_lengths, path_sums
 from vit3d.sampling import SampledTree, connected_runs
 from vit3d.tree import SOMA, NeuronTree, Spacing, follow
 
+_WAYS_AT_ONCE = 2**20  # ways along a tree that are measured together: a bound on memory
+
 
 def score_trees(
     predicted: NeuronTree, gold: NeuronTree, *, threshold: float = 2.0, point_tolerance: float | None = None
@@ -204,11 +206,7 @@ def _contradictions(side: _Side, in_run: np.ndarray, other: SampledTree, thresho
     one = rows[runs_above == runs_above[above]]
     one = one[other.way(side.nearest[one], side.nearest[above[one]]) > 20 * threshold]
     run_of = connected_runs(tree.parents, np.isin(rows, one))
-    wrong = set()
-    for row, run in zip(one, run_of[one], strict=True):
-        if run not in wrong and _all_apart(other, tree.points[[row, above[row]]], threshold):
-            wrong.add(run)
-    return len(wrong)
+    return len(np.unique(run_of[one][_all_apart(other, tree.points[one], tree.points[above[one]], threshold)]))
 
 
 def _climb(parents: np.ndarray, distance: np.ndarray, reach: float) -> np.ndarray:
@@ -221,11 +219,18 @@ def _climb(parents: np.ndarray, distance: np.ndarray, reach: float) -> np.ndarra
     return above
 
 
-def _all_apart(other: SampledTree, pair: np.ndarray, threshold: float) -> bool:
-    """Whether no place near one point is connected with a place near the other by a short way."""
-    near_one, near_other = other.near(pair, 2 * threshold)
-    ways = other.way(np.repeat(near_one, len(near_other)), np.tile(near_other, len(near_one)))
-    return bool((ways > 20 * threshold).all())
+def _all_apart(other: SampledTree, ones: np.ndarray, others: np.ndarray, threshold: float) -> np.ndarray:
+    """(N,) whether no place near one point of a pair is connected with a place near the other by a short way."""
+    near = [other.near(points, 2 * threshold) for points in (ones, others)]
+    sizes = [np.fromiter(map(len, rows), int, len(rows)) for rows in near]
+    apart, num_ways = np.ones(len(ones), bool), sizes[0] * sizes[1]
+    for pairs in np.array_split(np.flatnonzero(num_ways), 1 + num_ways.sum() // _WAYS_AT_ONCE):
+        start = [np.repeat(near[0][pair], sizes[1][pair]) for pair in pairs]
+        end = [np.tile(near[1][pair], sizes[0][pair]) for pair in pairs]
+        if pairs.size:
+            short = other.way(np.concatenate(start), np.concatenate(end)) <= 20 * threshold
+            apart[np.repeat(pairs, num_ways[pairs])[short]] = False
+    return apart
 
 
 def _rooted_at_tips(tree: NeuronTree) -> NeuronTree:
