@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -131,10 +132,18 @@ def test_a_three_point_soma_becomes_one_node_and_no_cable():
 
 def test_writing_then_reading_is_the_identity(tmp_path):
     tree = random_tree()
-    write_swc(tree, tmp_path / "tree.swc")
-    back = read_swc(tmp_path / "tree.swc")
+    write_swc(tree, tmp_path / "tree.eswc")
+    back = read_swc(tmp_path / "tree.eswc")
     assert_same(back, tree, atol=0.6e-5)
     assert_allclose(back.confidence, tree.confidence, atol=1e-4)
+
+
+def test_an_swc_has_the_seven_columns_that_other_readers_name(tmp_path):
+    tree, names = random_tree(), ["n", "type", "x", "y", "z", "r", "parent"]
+    write_swc(tree, tmp_path / "tree.swc")
+    table = pandas.read_csv(tmp_path / "tree.swc", sep=" ", comment="#", names=names)
+    assert_array_equal(table["n"], np.arange(1, len(tree) + 1))
+    assert_allclose(table["r"], read_swc(tmp_path / "tree.swc").radii)
 
 
 @pytest.mark.parametrize("unit", ["um", "voxel", None])
@@ -206,11 +215,11 @@ def test_writing_into_a_folder_that_does_not_exist_is_refused(tmp_path):
 
 
 def test_a_table_of_edited_lines_without_confidence_says_so(tmp_path):
-    write_swc(random_tree(), tmp_path / "tree.swc")
-    with open(tmp_path / "tree.swc", "a") as file:
+    write_swc(random_tree(), tmp_path / "tree.eswc")
+    with open(tmp_path / "tree.eswc", "a") as file:
         file.write("501 2 0 0 0 1 500\n")
     with pytest.warns(UserWarning, match="confidence"):
-        tree = read_swc(tmp_path / "tree.swc")
+        tree = read_swc(tmp_path / "tree.eswc")
     assert len(tree) == 501
     assert tree.confidence is None
 

@@ -280,7 +280,12 @@ def _verify(store: Path) -> None:
 @app.command()
 def trace(
     probability: Annotated[Path, typer.Argument(help="A probability, a mask, or a raw stack, of any size.")],
-    out: Annotated[Path, typer.Argument(help="The SWC; OUT_review.csv lists what to proofread first.")],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            help="The SWC, or OUT.eswc with a confidence per node; OUT_review.csv lists what to proofread first."
+        ),
+    ],
     spacing: Spacing = None,
     channel: Channel = None,
     level: Level = None,

@@ -370,14 +370,15 @@ def _one_point_soma(tree: NeuronTree, repairs: list[str]) -> NeuronTree:
 def write_swc(tree: NeuronTree, path: str | os.PathLike, *, unit: str | None = None) -> None:
     """Write an SWC with ids 1 to N, parents before children, in `unit` or else the tree's own.
 
-    The header states unit, spacing and columns; `read_swc` reads it back. A confidence, where the tree has
-    one, is an eighth column. Written under a temporary name and renamed: a failure leaves no `path`.
+    The header states unit, spacing and columns; `read_swc` reads it back. A confidence is the eighth column of an
+    .eswc; an .swc has seven, as some readers give the last of more the meaning of the first. Written under a
+    temporary name and renamed: a failure leaves no `path`.
     """
     tree = (tree if unit is None else tree.to(unit)).sorted()
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder {path.parent} does not exist; make it first.")
-    confidence = [] if tree.confidence is None else [tree.confidence]
+    confidence = [tree.confidence] if tree.confidence is not None and path.suffix.lower() == ".eswc" else []
     parent_ids = np.where(tree.parents < 0, -1, tree.parents + 1)
     ids = np.arange(1, len(tree) + 1)
     columns = [ids, tree.types, *tree.points.T[::-1], tree.radii, parent_ids, *confidence]
