@@ -238,18 +238,12 @@ def report_encoders(rows: list[dict], card: Path) -> None:
     shown = table(rows, ("held_out", "strategy"), ("dice", "f1", "loss"))
     fill_card(card, "encoders", markdown_table(shown))
     by_run = {(row["seed"], row["held_out"], row["strategy"]): row["f1"] for row in rows}
-    pairs = [
-        (f1, by_run[*run, "no layers"])
-        for (*run, s), f1 in by_run.items()
-        if s == "center" and (*run, "no layers") in by_run
-    ]
-    if pairs:
-        with_, without = (fmean(column) for column in zip(*pairs, strict=True))
+    paired = [run for *run, strategy in by_run if strategy == "center" and (*run, "no layers") in by_run]
+    if {fold for _, fold in paired} == set(FOLDS):  # one neuron says nothing of the other
+        with_, without = (fmean(by_run[*run, strategy] for run in paired) for strategy in ("center", "no layers"))
         verdict = "earn their cost" if with_ - without >= EARNS else "do **not** earn their cost"
-        words = (
-            f"The transformer's layers {verdict}: mean F1 at 2 voxels over {len(pairs)} pairs of runs on neurons left "
-        )
-        words += f"out is {with_:.3f} with them and {without:.3f} with none (a fall below {EARNS} would not count)."
+        words = f"The transformer's layers {verdict}: mean F1 at 2 voxels over {len(paired)} pairs of runs on neurons "
+        words += f"left out is {with_:.3f} with them and {without:.3f} with none (a fall below {EARNS} is none)."
         fill_card(card, "verdict", words)
 
 
