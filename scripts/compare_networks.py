@@ -5,8 +5,9 @@
 
 trains vit3d, DynUNet and BasicUNet on all neurons but one, for two folds and three seeds, with the loss, the optimiser
 and the augmentation of `vit3d train`, and traces what they see of the neuron left out. Needs the extra `bench`. Every
-finished run is a line of accuracy.jsonl beside the card; the same command goes on where it was stopped. The networks
-have different windows, hence `--steps` of `--batch-size` windows: see that `loss before` and `loss` agree.
+finished run is a line of accuracy.jsonl beside the card; the same command goes on where it was stopped, and with a
+folder `--scratch` that is kept, also in the middle of a run. The networks have different windows, hence `--steps` of
+`--batch-size` windows: see that `loss before` and `loss` agree. bf16 autocast where the hardware multiplies it.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from transformers import get_cosine_schedule_with_warmup
 from benchmark_network import PEERS, SPACING_UM
 from vit3d.annotations.gold import align_gold, without_untraced
 from vit3d.bigneuron import find_pairs
+from vit3d.checkpoint import preferred_dtype
 from vit3d.learning.optimization import parameter_groups
 from vit3d.learning.training_config import TrainingConfig
 from vit3d.learning.training_data import training_volumes
@@ -43,6 +45,7 @@ from vit3d.volume import Volume, read_volume
 FOLDS, SEEDS = ("OP_6", "OP_3"), range(3)
 NETWORKS = ("vit3d", "BasicUNet", "DynUNet")
 PEER_WINDOW = (16, 96, 96)
+SAVE_EVERY = 25  # steps
 SHOWN = ("f1", "precision", "recall", "corrections_per_mm")
 
 
@@ -61,25 +64,59 @@ def loss_of(model, batch: dict) -> torch.Tensor:
     return segmentation_loss(model(batch["pixel_values"]), batch["labels"])
 
 
-def trained(model, crops: CropDataset, config: TrainingConfig, device: str) -> tuple[torch.nn.Module, list[float]]:
-    """The average of the weights, as `vit3d train` keeps it, and the loss of each step."""
-    groups = [{"params": list(model.parameters()), "lr": config.head_rate, "weight_decay": config.weight_decay}]
-    is_ours = isinstance(model, ViT3DForNeuronSegmentation)
-    model = model.to(device).train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, config) if is_ours else groups)
-    schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.max_steps)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-    losses = []
-    for batch in torch.utils.data.DataLoader(crops, config.batch_size, num_workers=config.num_workers):
-        loss = loss_of(model, {key: value.to(device) for key, value in batch.items()})
+class Training:
+    """A network, the average of its weights, as `vit3d train` keeps it, and the loss of each step so far.
+
+    Crop number i is the same in every process, so a training goes on from the file `state` as if never stopped.
+    """
+
+    def __init__(self, model: torch.nn.Module, config: TrainingConfig, device: str, state: Path):
+        groups = [{"params": list(model.parameters()), "lr": config.head_rate, "weight_decay": config.weight_decay}]
+        is_ours = isinstance(model, ViT3DForNeuronSegmentation)
+        self.model, self.config, self.device, self.state = model.to(device).train(), config, device, state
+        optimizer = torch.optim.AdamW(parameter_groups(model, config) if is_ours else groups)
+        schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.max_steps)
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+        self.parts = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
+        self.losses: list[float] = []
+        self.seconds = 0.0  # of processor time
+
+    def run(self, crops: CropDataset) -> torch.nn.Module:
+        """Train to the end; the averaged network."""
+        if self.state.exists():
+            self._load()
+        rest = torch.utils.data.Subset(crops, range(len(self.losses) * self.config.batch_size, len(crops)))
+        for batch in torch.utils.data.DataLoader(rest, self.config.batch_size, num_workers=self.config.num_workers):
+            start = time.process_time()
+            self._step({key: value.to(self.device) for key, value in batch.items()})
+            self.seconds += time.process_time() - start
+            if len(self.losses) % SAVE_EVERY == 0:
+                self._save()
+        return self.parts["average"].module.eval()
+
+    def _step(self, batch: dict) -> None:
+        dtype, optimizer = preferred_dtype(self.device), self.parts["optimizer"]
+        with torch.autocast(self.device, dtype, enabled=dtype is not torch.float32):
+            loss = loss_of(self.model, batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
-        average.update_parameters(model)
-        losses.append(loss.item())
-    return average.module.eval(), losses
+        self.parts["schedule"].step()
+        self.parts["average"].update_parameters(self.model)
+        self.losses.append(loss.item())
+
+    def _save(self) -> None:
+        whole = {name: part.state_dict() for name, part in self.parts.items()}
+        partial = self.state.with_suffix(".partial")
+        torch.save(whole | {"losses": self.losses, "seconds": self.seconds}, partial)
+        partial.replace(self.state)
+
+    def _load(self) -> None:
+        whole = torch.load(self.state, map_location=self.device, weights_only=True)
+        for name, part in self.parts.items():
+            part.load_state_dict(whole[name])
+        self.losses, self.seconds = whole["losses"], whole["seconds"]
 
 
 @torch.inference_mode()
@@ -87,8 +124,11 @@ def probability_of(model, volume: Volume, processor: ViT3DImageProcessor, device
     if isinstance(model, ViT3DForNeuronSegmentation):
         return segment(model, volume, processor=processor)
     pixel_values = torch.from_numpy(processor.pixel_values(volume.voxels, processor.measure(volume.voxels)))
-    predict: Callable = lambda window: model(window.to(device)).sigmoid()  # noqa: E731
-    found = sliding_window_inference(pixel_values[None, None], PEER_WINDOW, 4, predict, overlap=0.25, mode="gaussian")
+    predict: Callable = lambda window: model(window).sigmoid()  # noqa: E731
+    placed = {"sw_device": device, "device": "cpu"}  # windows where the network is, the stack beside it
+    found = sliding_window_inference(
+        pixel_values[None, None], PEER_WINDOW, 4, predict, overlap=0.25, mode="gaussian", **placed
+    )
     return Volume(found[0, 0].float().cpu().numpy(), volume.spacing_um)
 
 
@@ -100,13 +140,15 @@ def perform(run: dict, args, store: Path) -> dict:
         data=str(args.data), init="", out="", validate=(run["fold"],), spacing_um=SPACING_UM,
         simulated=args.simulated, max_steps=args.steps, batch_size=args.batch_size,
         encoder_rate=args.encoder_rate, warmup_steps=args.steps // 10, ema_decay=0.98, seed=run["seed"],
+        num_workers=0 if args.device == "cpu" else 8,
     )  # fmt: skip
     pairs = find_pairs(args.data)
     volumes, weights = training_volumes(config, pairs, processor, store)
     crops = CropDataset(volumes, weights, processor, args.steps * args.batch_size, run["seed"], network)
-    start = time.process_time()
-    model, losses = trained(model, crops, config, args.device)
-    row = {**run, "steps": args.steps, "windows": len(crops), "CPU minutes": (time.process_time() - start) / 60}
+    state = store / ("_".join(map(str, run.values())) + ".pt")
+    training = Training(model, config, args.device, state)
+    model, losses = training.run(crops), training.losses
+    row = {**run, "windows": len(crops), "CPU minutes": training.seconds / 60}
     tenth = max(1, args.steps // 10)
     row |= {"loss before": fmean(losses[-2 * tenth : -tenth] or losses), "loss": fmean(losses[-tenth:])}
     pair = next(pair for pair in pairs if pair["name"] == run["fold"])
@@ -115,6 +157,7 @@ def perform(run: dict, args, store: Path) -> dict:
     tree = trace(probability_of(model, volume, processor, args.device)).to("voxel")
     scores = score_trees(tree, gold)
     judged = score_trees(without_untraced(tree, gold, volume), gold)["precision"]
+    state.unlink(missing_ok=True)
     return row | {key: scores[key] for key in SHOWN} | {"precision of traced": judged}
 
 
@@ -146,20 +189,25 @@ def main() -> None:
     parser.add_argument("--encoder-rate", type=float, default=3e-4)
     parser.add_argument("--simulated", type=int, default=0)
     parser.add_argument("--networks", default=",".join(NETWORKS))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--scratch", type=Path, help="folder for volumes and the unfinished run")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     args = parser.parse_args()
 
     store = args.card.with_name("accuracy.jsonl")
+    budget = {key: getattr(args, key) for key in ("steps", "batch_size", "encoder_rate", "simulated")}
+    budget["source"] = Path(args.source).name
     runs = [{"network": n, "fold": f, "seed": s} for s in SEEDS for f in FOLDS for n in args.networks.split(",")]
     with tempfile.TemporaryDirectory() as volumes:
         for run in runs:
             rows = [json.loads(line) for line in store.read_text().splitlines()] if store.exists() else []
-            if not any(run.items() <= row.items() for row in rows):
-                row = perform(run, args, Path(volumes))
+            if not any((run | budget).items() <= row.items() for row in rows):
+                row = perform(run | budget, args, args.scratch or Path(volumes))
                 with store.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(json.dumps(row), flush=True)
-                fill_card(args.card, "accuracy", markdown_table(means([*rows, row])))
+                alike = [row for row in [*rows, row] if budget.items() <= row.items()]
+                fill_card(args.card, "accuracy", markdown_table(means(alike)))
 
 
 if __name__ == "__main__":

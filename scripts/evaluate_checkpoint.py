@@ -3,8 +3,9 @@
     python scripts/evaluate_checkpoint.py --data ../shared/data/op --card model_cards/vit3d-tiny/README.md
 
 Every neuron goes through `reconstruct` as a user would run it. Golds are aligned with their image first; the
-raw F1 is given beside it. A simulated stack of several unconnected neurites is traced as a forest. About two minutes
-on two CPU cores.
+raw F1 is given beside it. A simulated stack of several unconnected neurites is traced as a forest. Stacks of kinds that
+no training makes (`unlike_stacks.py`) tell how often it fails elsewhere, beside tracing them without a network. About
+four minutes on one CPU core.
 """
 
 import argparse
@@ -14,18 +15,21 @@ from pathlib import Path
 
 import numpy as np
 
+from unlike_stacks import DARK, KINDS, SEEDS, unlike_stack
 from vit3d.annotations.gold import align_gold, without_untraced
 from vit3d.bigneuron import find_pairs
 from vit3d.checkpoint import load_checkpoint
 from vit3d.plot import plot_reconstruction
-from vit3d.reconstruction import reconstruct
+from vit3d.reconstruction import inverted, reconstruct
 from vit3d.scoring import score_trees
 from vit3d.simulate import random_neuron, simulate_neuron
 from vit3d.tables import fill_card, markdown_table
+from vit3d.tracing import trace
 from vit3d.tree import read_swc
 from vit3d.volume import read_volume
 
 SPACING_UM = (1.0, 0.33, 0.33)  # of the OP neurons; the files do not carry it
+FAILED = 0.5  # an F1 below it is a failure
 SHOWN = ("precision", "recall", "f1", "esa", "dsa", "pds", "corrections_per_mm")
 
 
@@ -54,6 +58,63 @@ def simulated_row(model, processor, seed: int) -> dict:
     return row | {key: scores[key] for key in SHOWN}
 
 
+def unlike_row(model, processor, kind: str, seed: int) -> dict:
+    """Scores of the network's tree, and the F1 of what `vit3d trace --threshold auto` makes of the stack itself."""
+    volume, truth = unlike_stack(kind, seed)
+    found = score_trees(reconstruct(model, volume, processor=processor).tree, truth)
+    bare = score_trees(trace(inverted(volume) if kind in DARK else volume), truth)
+    row = {"kind": kind, "seed": seed, **{key: found[key] for key in SHOWN}}
+    return row | {"trace alone": bare["f1"]}
+
+
+def unlike_table(rows: list[dict]) -> list[dict]:
+    """Per kind and over all but the plain one: mean and worst F1, and how many failed."""
+    groups = {kind: [row for row in rows if row["kind"] == kind] for kind in KINDS}
+    groups["all but plain"] = [row for row in rows if row["kind"] != "plain"]
+    return [{"kind": kind, "stacks": len(part), **_summary(part)} for kind, part in groups.items()]
+
+
+def _summary(rows: list[dict]) -> dict:
+    summary = {}
+    for name, key in (("vit3d", "f1"), ("trace alone", "trace alone")):
+        values = [row[key] for row in rows]
+        summary |= {f"{name}: mean F1": float(np.mean(values)), f"{name}: worst": min(values)}
+        summary[f"{name}: failed"] = f"{np.mean(np.less(values, FAILED)):.0%}"
+    return summary
+
+
+def scores(source: str, data: Path, selected_on: str) -> dict[str, list[dict]]:
+    """A row per stack: real ones, those of the training's generator, and those of kinds that it does not make."""
+    model, processor = load_checkpoint(source)
+    return {
+        "real": [real_row(model, processor, pair, selected_on) for pair in find_pairs(data)],
+        "simulated": [simulated_row(model, processor, seed) for seed in range(500, 512)],
+        "unlike": [unlike_row(model, processor, kind, seed) for kind in KINDS for seed in SEEDS],
+    }
+
+
+def write(found: dict[str, list[dict]], card: Path, readme: Path, data: Path) -> None:
+    """The card's tables, `scores.json` beside it, and the README's number."""
+    real, simulated = found["real"], found["simulated"]
+    means = {key: float(np.mean([row[key] for row in simulated if np.isfinite(row[key])])) for key in SHOWN}
+    mean_row = {"seed": "mean", "spacing z, y, x (um)": "", "true trees": "", **means}
+    fill_card(card, "real neurons", markdown_table(real))
+    fill_card(card, "simulated neurons", markdown_table([*simulated, mean_row]))
+    fill_card(card, "unlike stacks", markdown_table(unlike_table(found["unlike"])))
+    card.with_name("scores.json").write_text(json.dumps(found, indent=1) + "\n")
+    chosen = next(row for row in real if row["role"] == "selected on")
+    mean = np.mean([row["f1"] for row in real])
+    command = f"`python scripts/evaluate_checkpoint.py --data {data} --card {card}`"
+    words = (
+        f"On {chosen['neuron']}, a real olfactory projection neuron that the network was not trained on (it chose the "
+    )
+    words += f"version that ships), F1 at 2 voxels is **{chosen['f1']:.3f}** against the gold trace shifted onto its "
+    words += f"image; the mean over all {len(real)} neurons is {mean:.3f}. Segmenting and tracing it took "
+    words += f"{chosen['CPU seconds']:.1f} s of processor time. "
+    words += f"Written by {command}; the data are not part of the repository."
+    fill_card(readme, "number", words)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit3d-tiny")
@@ -63,28 +124,11 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     args = parser.parse_args()
 
+    write(scores(args.model, args.data, args.selected_on), args.card, args.readme, args.data)
     model, processor = load_checkpoint(args.model)
-    real = [real_row(model, processor, pair, args.selected_on) for pair in find_pairs(args.data)]
-    simulated = [simulated_row(model, processor, seed) for seed in range(500, 512)]
-    means = {key: float(np.mean([row[key] for row in simulated if np.isfinite(row[key])])) for key in SHOWN}
-    simulated.append({"seed": "mean", "spacing z, y, x (um)": "", "true trees": "", **means})
-    fill_card(args.card, "real neurons", markdown_table(real))
-    fill_card(args.card, "simulated neurons", markdown_table(simulated))
-    args.card.with_name("scores.json").write_text(json.dumps({"real": real, "simulated": simulated}, indent=1) + "\n")
     volume, _ = simulate_neuron(seed=1)
     result = reconstruct(model, volume, processor=processor)
     plot_reconstruction(volume, result.tree, args.card.with_name("demo.png"), probability=result.probability)
-    chosen = next(row for row in real if row["role"] == "selected on")
-    mean = np.mean([row["f1"] for row in real])
-    command = f"`python scripts/evaluate_checkpoint.py --data {args.data} --card {args.card}`"
-    words = (
-        f"On {chosen['neuron']}, a real olfactory projection neuron that the network was not trained on (it chose the "
-    )
-    words += f"version that ships), F1 at 2 voxels is **{chosen['f1']:.3f}** against the gold trace shifted onto its "
-    words += f"image; the mean over all {len(real)} neurons is {mean:.3f}. Segmenting and tracing it took "
-    words += f"{chosen['CPU seconds']:.1f} s of processor time. "
-    words += f"Written by {command}; the data are not part of the repository."
-    fill_card(args.readme, "number", words)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,12 @@
 trains the same network from scratch, by Average and by Center on 1, 2 and 5 neurons, and scores it on OP_6 and on
 simulated neurons. Every finished run is a line of `results.jsonl` beside the card; the same command goes on where it
 was stopped. On a GPU machine: `--source facebook/dino-vitb16 --steps 3000 --batch-size 32`, nothing else. `--report`
-draws what is there and trains nothing.
+draws what is there and trains nothing. What is left of the network without its encoder is a part of its own:
+
+    python scripts/transfer_experiment.py --part encoders --source ../shared/weights/deit-tiny-patch16-224 \
+        --data ../shared/data/op --card model_cards/network/README.md
+
+keeps its runs in `encoders.jsonl` beside that card.
 """
 
 import argparse
@@ -49,6 +54,9 @@ SILENCED = {  # what is set to zero and learns nothing; a layer whose outputs ar
     "stem alone": ("attention.o_proj", "mlp.fc2", "head.painter"),
 }
 FOLDS = (TESTED, "OP_3")
+ENCODER_RATE = 3e-4  # which the search found for center and for random alike
+EARNS = 0.02  # a fall of the mean F1 below this is none
+STORES = {"transfer": "results.jsonl", "encoders": "encoders.jsonl"}
 
 
 @dataclass(frozen=True)
@@ -73,13 +81,17 @@ def grid(seeds: int) -> list[Run]:
     search = [Run(strategy, encoder_rate=rate, held_out=SEARCHED) for rate in RATES for strategy in STRATEGIES]
     main = [Run(s, neurons=n, seed=seed) for seed in range(seeds) for n in (1, 5, 2) for s in STRATEGIES]
     variants = [Run("center", window=window) for window in WINDOWS if window != "volume"]
-    encoders = [
-        Run(strategy, seed=seed, held_out=fold)
+    return [*search, *main, *variants, Run("random", window="slice")]
+
+
+def encoders(seeds: int) -> list[Run]:
+    """The network with an encoder from photographs, a random one and none, seed by seed."""
+    return [
+        Run(strategy, seed=seed, encoder_rate=ENCODER_RATE, held_out=fold)
         for seed in range(seeds)
         for fold in FOLDS
         for strategy in ("center", "random", *SILENCED)
     ]
-    return [*search, *main, *variants, Run("random", window="slice"), *(run for run in encoders if run not in main)]
 
 
 def starting_model(run: Run, source: str) -> ViT3DForNeuronSegmentation:
@@ -124,7 +136,8 @@ def perform(run: Run, rate: float, args, folder: Path) -> dict:
             warmup_steps=args.steps // 10,
             ema_decay=0.98,
             validate_every=args.steps,
-            num_workers=0,
+            num_workers=0 if args.device == "cpu" else None,
+            device=args.device,
             mixed_precision=args.mixed_precision,
             seed=run.seed,
             frozen=frozen_parts(run),
@@ -213,14 +226,25 @@ def report(rows: list[dict], card: Path) -> None:
     spent = [{**kind, "runs": budget.count(kind)} for kind in {str(kind): kind for kind in budget}.values()]
     minutes = {"minutes of training, mean": fmean(row["seconds"] for row in rows) / 60}
     fill_card(card, "budget", markdown_table([{**kind, **minutes} for kind in spent]))
-    encoders = [row for row in rows if row["held_out"] in FOLDS and row["window"] == "volume" and row["neurons"] == 5]
-    if any(row["strategy"] in SILENCED for row in rows):
-        fill_card(card, "encoders", markdown_table(table(encoders, ("held_out", "strategy"), ("dice", "f1", "loss"))))
     fill_card(card, "search", markdown_table(table(search, ("strategy", "encoder_rate"), ("dice", "f1", "loss"))))
     if tested:
         fill_card(card, "results", markdown_table(table(tested, ("window", "neurons", "strategy", "encoder_rate"))))
         fill_card(card, "gains", markdown_table(gains(tested)))
         plot(tested, card.with_name("transfer.png"))
+
+
+def report_encoders(rows: list[dict], card: Path) -> None:
+    """The table, and what it says: the mean F1 of the pairs of runs that differ in the layers alone."""
+    shown = table(rows, ("held_out", "strategy"), ("dice", "f1", "loss"))
+    fill_card(card, "encoders", markdown_table(shown))
+    by_run = {(row["seed"], row["held_out"], row["strategy"]): row["f1"] for row in rows}
+    paired = [run for *run, strategy in by_run if strategy == "center" and (*run, "no layers") in by_run]
+    if {fold for _, fold in paired} == set(FOLDS):  # one neuron says nothing of the other
+        with_, without = (fmean(by_run[*run, strategy] for run in paired) for strategy in ("center", "no layers"))
+        verdict = "earn their cost" if with_ - without >= EARNS else "do **not** earn their cost"
+        words = f"The transformer's layers {verdict}: mean F1 at 2 voxels over {len(paired)} pairs of runs on neurons "
+        words += f"left out is {with_:.3f} with them and {without:.3f} with none (a fall below {EARNS} is none)."
+        fill_card(card, "verdict", words)
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -247,29 +271,31 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--part", choices=STORES, default="transfer")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--backwards", action="store_true", help="from the grid's other end, beside a first process")
     args = parser.parse_args()
     args.mixed_precision = "bf16" if preferred_dtype(args.device) is torch.bfloat16 else "no"
 
-    store = args.card.with_name("results.jsonl")
+    store = args.card.with_name(STORES[args.part])
+    runs = (grid if args.part == "transfer" else encoders)(args.seeds)
     budget = {"steps": args.steps, "batch_size": args.batch_size, "source": Path(args.source).name}
     rows = finished(store)
     scratch = tempfile.TemporaryDirectory()
     args.volumes = Path(scratch.name)
-    for run in [] if args.report else grid(args.seeds)[:: -1 if args.backwards else 1]:
+    for run in [] if args.report else runs[:: -1 if args.backwards else 1]:
         rows = finished(store)  # another process may work from the other end
         if asdict(run) | budget in [row["run"] for row in rows]:
             continue
-        rate = run.encoder_rate or searched_rate(run.strategy if run.strategy in STRATEGIES else "center", rows)
+        rate = run.encoder_rate or searched_rate(run.strategy, rows)
         with tempfile.TemporaryDirectory() as folder:
             row = {**asdict(run), "encoder_rate": rate, **perform(run, rate, args, Path(folder))}
         row["run"] = asdict(run) | budget
         with store.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
-    report(finished(store), args.card)
+    (report if args.part == "transfer" else report_encoders)(finished(store), args.card)
 
 
 if __name__ == "__main__":
