@@ -11,7 +11,7 @@ from scipy.linalg import solveh_banded
 
 from vit3d.centerlines.foreground import Foreground
 from vit3d.centerlines.junctions import place_junctions
-from vit3d.centerlines.voxel_graph import climb, extract_branches, largest_balls, shortest_paths
+from vit3d.centerlines.voxel_graph import extract_branches, largest_balls, shortest_paths
 from vit3d.tree import NeuronTree
 
 _CENTRING = 60.0  # how many times longer a step along the border is than one along the centre
@@ -27,11 +27,11 @@ def skeletonize(foreground: Foreground, min_branch: float) -> NeuronTree:
     """Centre lines of every component, each rooted at one of its tips."""
     step = foreground.round_step
     depth, neighbours, index = foreground.depth, foreground.neighbours, foreground.index
-    roots = climb(foreground.ends, depth, (neighbours, index, step), _CAP_SLOPE)
+    graph = (neighbours, index, step)
     rule = (_COVER_SCALE, _COVER_VOXELS, _BARE_HOPS, min_branch, _CAP_SLOPE)
     voxel, parents, starts, owner = extract_branches(  # the paths are let go afterwards
-        shortest_paths(roots, neighbours, foreground.neighbour_step, _cost(foreground)),
-        *(depth, (neighbours, index, step), rule),
+        shortest_paths(foreground.ends, graph, foreground.neighbour_step, _cost(foreground), depth, _CAP_SLOPE),
+        *(depth, graph, rule),
     )
     skeleton = _smooth(foreground, voxel, parents, starts, owner)
     skeleton = place_junctions(skeleton, starts, foreground)
