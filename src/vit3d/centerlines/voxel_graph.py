@@ -70,10 +70,10 @@ def extract_branches(paths, depth, graph, rule):
     """Branches of the shortest-path tree, each from the farthest uncovered voxel back to the ones before.
 
     paths: (parent, length) as `shortest_paths` gives them. graph: (neighbours, index, step).
-    rule: (scale, extra, hops, min_branch, slope). A branch covers the voxels within scale * depth + extra voxels; it
-    ends in the centre of its cap (see `_cap_centre`); up to there it must cross at least `hops` uncovered voxels (the
-    rim of a flat neurite has its cap inside), and its farthest voxel must lie `min_branch` beyond the surface of its
-    parent.
+    rule: (scale, extra, bare, min_branch, slope). A branch covers the voxels within scale * depth + extra voxels; it
+    ends in the centre of its cap (see `_cap_centre`); the depths of the uncovered voxels on its way up to there must
+    add up to `bare` (the rim of a flat neurite has its cap inside), and its farthest voxel must lie `min_branch`
+    beyond the surface of its parent.
     Returns the voxel of each node (M,), its parent node (M,), -1 at a root, the first node of each branch (B,), and
     the node that owns each voxel (N,), the nearest one.
     """
@@ -305,12 +305,12 @@ def _extract(
         if owner[v] >= 0:
             continue
         u = _cap_centre(v, depth, neighbours, index, step, rule[4])
-        hops = bare = 0
+        hops, bare = 0, 0.0
         while node[u] < 0 and parent[u] >= 0:
             queue[hops] = u
             hops += 1
             if owner[u] < 0:
-                bare += 1
+                bare += depth[u]
             u = parent[u]
         hook = node[u]
         if hook < 0:
