@@ -248,6 +248,15 @@ def test_a_bump_is_no_branch_and_min_branch_um_prunes_longer_ones():
     assert trace(volume, min_branch_um=14.0).num_branch_points == 0
 
 
+def test_a_branch_that_barely_leaves_its_parent_counts_by_its_depth_and_salt_beside_it_does_not():
+    stem, twig = polyline(np.linspace((12, 30, 6), (12, 30, 90), 85), 2.5), polyline([(12, 30, 60), (12, 35, 60)], 2.0)
+    mask = paint(together(stem, twig), (24, 60, 96))
+    mask[12, 33:36, 30] = 1
+    tree = trace(Volume(mask))
+    forks = tree.points[tree.degree > 2]
+    np.testing.assert_allclose(forks, [[12, 30, 60]], atol=2)
+
+
 @pytest.mark.parametrize(("radius", "apart"), [(2, 3), (3, 4), (4, 5), (5, 6)])
 def test_a_flat_neurite_has_no_ribs(radius, apart):
     sides = [polyline([(16, y, -5), (16, y, 95)], radius) for y in (20, 20 + apart)]

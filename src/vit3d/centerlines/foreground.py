@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from vit3d.centerlines.voxel_graph import FORWARD, OFFSETS, distance_to_background, find_neighbours, label_components
+from vit3d.centerlines.voxel_graph import FORWARD, OFFSETS, distance_to_background, link_voxels
 from vit3d.formats.lazy_voxels import LazyVoxels, pieces
 from vit3d.volume import Volume
 
@@ -74,10 +74,10 @@ class Foreground:
         points[:, self.axes] = np.where(self.flips, np.array(self.shape) - 1 - index, index) * self.step
         return points
 
-    @cached_property
+    @property
     def neighbours(self) -> np.ndarray:
         """(N, 26) int32 row of each neighbour, -1 where that is background; opposite columns add up to 25."""
-        return find_neighbours(self.linear, self.index, self.shape)
+        return self._links[0]
 
     @cached_property
     def round_step(self) -> np.ndarray:
@@ -147,16 +147,16 @@ class Foreground:
 
     def components(self) -> np.ndarray:
         """(N,) int32 number of the 26-connected component of each voxel, counted from 0."""
-        return self._labelled[0]
+        return self._links[1]
 
     @property
     def ends(self) -> np.ndarray:
         """(C,) row of a voxel at an end of each component."""
-        return self._labelled[1]
+        return self._links[2]
 
     @cached_property
-    def _labelled(self) -> tuple[np.ndarray, np.ndarray]:
-        return label_components(self.neighbours)
+    def _links(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return link_voxels(self.linear, self.index, self.shape)
 
 
 def _unravelled(linear: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -15,7 +15,8 @@ _REACH, _REACH_STEPS = 3.0, 5  # the fork is sought within scale * radius + step
 _FREE_STEPS = 0.5  # a branch is free where its centre is this far outside its parent
 _AIM_STEPS = 3.0  # a branch's direction is that of this many voxels, and its parent's radius, beyond that
 _SIDE_STEPS, _SIDE_TURN = 0.6, 0.2  # how far a branch strays from a straight line: steps * voxel + turn * length
-_DEPTH_STEPS, _DEPTH_EXCESS, _DEPTH_LIMIT = 0.22, 0.2, 1.5  # how well depth is known, and its mean excess in a fork
+_DEPTH_STEPS, _DEPTH_EXCESS = 0.22, 0.2  # how well depth is known, and its mean excess in a fork
+_DEPTH_RANGE = -1.5, 0.5  # excess counts up to here; a fork in a soma is deeper than any neurite
 _CURVE = 0.4  # a branch leaves its line after this share of the way
 _CANDIDATES = 20
 _AT_ONCE = 6  # branches; more take more memory
@@ -119,7 +120,7 @@ def _best_ways(ways: list[tuple], foreground: Foreground) -> list[tuple[int, int
     first, rows, control, cost, path, expected = zip(*ways, strict=True)
     depth = foreground.depth_at(np.concatenate(path).reshape(-1, 3)).reshape(-1, len(_SAMPLES))
     excess = (depth - np.concatenate(expected)) / foreground.round_step.min() - _DEPTH_EXCESS
-    cost_of_depth = (np.clip(excess, -_DEPTH_LIMIT, _DEPTH_LIMIT) ** 2).mean(1) / (2 * _DEPTH_STEPS**2)
+    cost_of_depth = (np.clip(excess, *_DEPTH_RANGE) ** 2).mean(1) / (2 * _DEPTH_STEPS**2)
     ends = np.cumsum([len(one) for one in rows])
     chosen = [(a + b).argmin() for a, b in zip(cost, np.split(cost_of_depth, ends[:-1]), strict=True)]
     return [(f, r[k], c[k]) for f, r, c, k in zip(first, rows, control, chosen, strict=True)]

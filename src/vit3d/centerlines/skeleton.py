@@ -11,13 +11,13 @@ from scipy.linalg import solveh_banded
 
 from vit3d.centerlines.foreground import Foreground
 from vit3d.centerlines.junctions import place_junctions
-from vit3d.centerlines.voxel_graph import climb, extract_branches, largest_balls, shortest_paths
+from vit3d.centerlines.voxel_graph import extract_branches, largest_balls, shortest_paths
 from vit3d.tree import NeuronTree
 
 _CENTRING = 60.0  # how many times longer a step along the border is than one along the centre
 _COVER_SCALE, _COVER_VOXELS = 1.1, 1.3  # a path covers what lies within scale * depth + steps * in-plane voxel
 _STIFFNESS = 2.0
-_BARE_HOPS = 2  # with 1, salt that touches a neurite grows into spurs
+_BARE_DEPTH = 1.2  # steps; above 1, or salt that touches a neurite grows into spurs
 _RIDGE = 2  # power of the probability that draws a path to the ridge; in a mask all voxels weigh the same
 _PIECE_VOXELS, _PIECES = 1 << 12, 16  # voxels weighed at once: at least so many, and at most so many times
 _CAP_SLOPE = 0.4  # neurites do not taper faster than this; caps do
@@ -27,11 +27,11 @@ def skeletonize(foreground: Foreground, min_branch: float) -> NeuronTree:
     """Centre lines of every component, each rooted at one of its tips."""
     step = foreground.round_step
     depth, neighbours, index = foreground.depth, foreground.neighbours, foreground.index
-    roots = climb(foreground.ends, depth, (neighbours, index, step), _CAP_SLOPE)
-    rule = (_COVER_SCALE, _COVER_VOXELS, _BARE_HOPS, min_branch, _CAP_SLOPE)
+    graph = (neighbours, index, step)
+    rule = (_COVER_SCALE, _COVER_VOXELS, _BARE_DEPTH * step.min(), min_branch, _CAP_SLOPE)
     voxel, parents, starts, owner = extract_branches(  # the paths are let go afterwards
-        shortest_paths(roots, neighbours, foreground.neighbour_step, _cost(foreground)),
-        *(depth, (neighbours, index, step), rule),
+        shortest_paths(foreground.ends, graph, foreground.neighbour_step, _cost(foreground), depth, _CAP_SLOPE),
+        *(depth, graph, rule),
     )
     skeleton = _smooth(foreground, voxel, parents, starts, owner)
     skeleton = place_junctions(skeleton, starts, foreground)

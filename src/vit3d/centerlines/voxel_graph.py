@@ -1,6 +1,7 @@
 """Loops over sparse voxels and their neighbours, compiled by numba once and cached.
 
-Plain loops over arrays that the callers allocate: array expressions would make the first call wait for seconds.
+Plain loops over arrays that the callers allocate, few of them called from Python, no powers and no tuples inside: what
+else numba offers makes the first call wait for seconds.
 `neighbours` (N, 26) holds the row of each neighbour or -1, opposite columns add up to 25; `index` (N, 3) the voxel's
 place; `step` (3,) the size of a voxel.
 """
@@ -14,19 +15,14 @@ _compiled = njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=T
 _inlined = njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True)
 
 
-def find_neighbours(linear: np.ndarray, index: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """(N, 26) int32 rows of the neighbours of voxels with ascending flat indices `linear` (N,)."""
+def link_voxels(linear: np.ndarray, index: np.ndarray, shape: tuple) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of voxels with ascending flat indices `linear` (N,): the (N, 26) int32 rows of their neighbours, the (N,) int32
+    number of the component of each, counted from 0, and (C,) a voxel at an end of each component."""
+    stride = np.array([(shape[1] + 1) * (shape[2] + 1), shape[2] + 1, 1])  # a border between rows and between planes
     neighbours = np.full((len(linear), 26), -1, np.int32)
-    _link(linear, index, np.array(shape), OFFSETS, neighbours)
-    return neighbours
-
-
-def label_components(neighbours: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) int32 number of the component of each voxel, counted from 0; and (C,) a voxel at an end of each."""
-    label = np.full(len(neighbours), -1, np.int32)
-    visited = np.empty(len(neighbours), np.int32)
-    _flood(neighbours, label, visited)
-    return label, visited[np.append(np.flatnonzero(np.diff(label[visited])), len(visited) - 1)]
+    component, visited = np.full(len(linear), -1, np.int32), np.empty(len(linear), np.int32)
+    _link(index @ stride, OFFSETS @ stride, neighbours, component, visited)
+    return neighbours, component, visited[np.append(np.flatnonzero(np.diff(component[visited])), len(visited) - 1)]
 
 
 def distance_to_background(
@@ -47,35 +43,26 @@ def distance_to_background(
 def largest_balls(depth: np.ndarray, neighbours: np.ndarray, index: np.ndarray, step: np.ndarray) -> np.ndarray:
     """(N,) int32 row of the centre of (about) the largest inscribed ball that holds each voxel."""
     centre = np.arange(len(depth), dtype=np.int32)
-    for sweep in range(2):  # more change a voxel here and there
-        if not _hand_on_balls(depth, neighbours, index, step, centre, sweep % 2 == 1):
-            break
+    reach = depth + np.float32(step.min())
+    reach *= reach
+    _hand_on(centre, centre.copy(), reach, neighbours, index, step)
     return centre
 
 
-def climb(tips: np.ndarray, depth: np.ndarray, graph: tuple, slope: float) -> np.ndarray:
-    """Rows (T,) of the centres of the caps that the voxels `tips` (T,) lie in, where depth stops to grow by `slope`.
-
-    graph: (neighbours, index, step).
-    """
-    return np.array([_cap_centre(tip, depth, graph, slope) for tip in tips.tolist()], np.int64)
-
-
 def shortest_paths(
-    roots: np.ndarray, neighbours: np.ndarray, neighbour_step: np.ndarray, cost: np.ndarray
+    ends: np.ndarray, graph: tuple, neighbour_step: np.ndarray, cost: np.ndarray, depth: np.ndarray, slope: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Parent row (N,) int32, -1 at roots, and length (N,) float32 of the cheapest path to the nearest root.
 
-    A step costs its length times the mean `cost` (N,) of its ends; all roots start at once.
+    The roots are the centres of the caps (see `_cap_centre`) that the voxels `ends` lie in. A step costs its length
+    times the mean `cost` (N,) of its ends; all roots start at once.
     """
-    count = len(cost)
+    count, width = len(cost), float(neighbour_step.min() * cost.min())
     distance, length = np.full(count, np.inf, np.float32), np.zeros(count, np.float32)
-    parent, place = np.full(count, -1, np.int32), np.full(count, -1, np.int32)
-    distance[roots] = 0
-    heap = np.empty(count, np.int32)
-    heap[: len(roots)] = roots
-    place[roots] = np.arange(len(roots))
-    _dijkstra(len(roots), (neighbours, neighbour_step), cost, distance, length, parent, (heap, place))
+    parent, before, after = (np.full(count, -1, np.int32) for _ in range(3))
+    slots = np.full(int(neighbour_step.max() * cost.max() / width) + 2, -1, np.int32)
+    found = (distance, length, parent, slots, before, after)
+    _dijkstra(ends, depth, slope, width, *graph, neighbour_step, cost, *found)
     return parent, length
 
 
@@ -83,9 +70,10 @@ def extract_branches(paths, depth, graph, rule):
     """Branches of the shortest-path tree, each from the farthest uncovered voxel back to the ones before.
 
     paths: (parent, length) as `shortest_paths` gives them. graph: (neighbours, index, step).
-    rule: (scale, extra, hops, min_branch, slope). A branch covers the voxels within scale * depth + extra voxels; it
-    ends in the centre of its cap (see `climb`); up to there it must cross at least `hops` uncovered voxels (the rim of
-    a flat neurite has its cap inside), and its farthest voxel must lie `min_branch` beyond the surface of its parent.
+    rule: (scale, extra, bare, min_branch, slope). A branch covers the voxels within scale * depth + extra voxels; it
+    ends in the centre of its cap (see `_cap_centre`); the depths of the uncovered voxels on its way up to there must
+    add up to `bare` (the rim of a flat neurite has its cap inside), and its farthest voxel must lie `min_branch`
+    beyond the surface of its parent.
     Returns the voxel of each node (M,), its parent node (M,), -1 at a root, the first node of each branch (B,), and
     the node that owns each voxel (N,), the nearest one.
     """
@@ -94,42 +82,33 @@ def extract_branches(paths, depth, graph, rule):
     order = np.argsort(-length, kind="stable").astype(np.int32)
     owner, node = np.full(count, -1, np.int32), np.full(count, -1, np.int32)
     voxel, parents, starts, queue = (np.empty(count, np.int32) for _ in range(4))
-    found = (voxel, parents, starts, owner, node, queue)
-    nodes, branches = _extract(0, order, (parent, length, depth), np.array(rule), graph, found)
+    found = (voxel, owner, queue, node, parents, starts)
+    nodes, branches = _extract(order, parent, length, depth, np.array(rule), *graph, *found)
     voxel, parents, starts = voxel[:nodes], parents[:nodes], starts[:branches]
-    for backwards in (False, True):
-        _hand_to_nearest(owner, voxel, *graph, backwards)
+    _hand_on(owner, voxel, np.full(nodes, np.inf, np.float32), *graph)
     return voxel, parents, starts, owner
 
 
 @_compiled
-def _link(linear, index, shape, offsets, neighbours):
-    """Both sides of each of the 13 forward offsets, by walking two pointers along the sorted indices."""
+def _link(linear, jumps, neighbours, component, queue):
+    """Both sides of each of the 13 forward offsets, by walking two pointers along the sorted indices; then components.
+
+    Breadth first; `queue` ends up in order, so the last voxel of each component is one farthest from its first.
+    """
     count = linear.shape[0]
     for k in range(13, 26):
-        dy, dx = offsets[k, 1], offsets[k, 2]
-        jump = (offsets[k, 0] * shape[1] + dy) * shape[2] + dx
         j = 0
         for i in range(count):
-            target = linear[i] + jump
-            while j < count and linear[j] < target:
+            while j < count and linear[j] < linear[i] + jumps[k]:
                 j += 1
-            if j == count:
-                break
-            y, x = index[i, 1] + dy, index[i, 2] + dx
-            if linear[j] == target and y >= 0 and y < shape[1] and x >= 0 and x < shape[2]:
+            if j < count and linear[j] == linear[i] + jumps[k]:
                 neighbours[i, k] = j
                 neighbours[j, 25 - k] = i
-
-
-@_compiled
-def _flood(neighbours, label, queue):
-    """Breadth first; `queue` ends up in order, so the last voxel of each component is one farthest from its first."""
-    current, head, tail = 0, 0, 0
-    for seed in range(label.shape[0]):
-        if label[seed] >= 0:
+    current = head = tail = 0
+    for seed in range(count):
+        if component[seed] >= 0:
             continue
-        label[seed] = current
+        component[seed] = current
         queue[tail] = seed
         tail += 1
         while head < tail:
@@ -137,8 +116,8 @@ def _flood(neighbours, label, queue):
             head += 1
             for k in range(26):
                 j = neighbours[i, k]
-                if j >= 0 and label[j] < 0:
-                    label[j] = current
+                if j >= 0 and component[j] < 0:
+                    component[j] = current
                     queue[tail] = j
                     tail += 1
         current += 1
@@ -186,123 +165,115 @@ def _within(index, i, j, step, radius, extra):
 
 
 @_compiled
-def _hand_on_balls(depth, neighbours, index, step, centre, backwards):
-    """One sweep: take over a neighbour's ball where it is larger and holds this voxel. False when nothing changed."""
-    count = depth.shape[0]
-    changed = False
-    for n in range(count):
-        i = count - 1 - n if backwards else n
+def _hand_on(holder, place, reach, neighbours, index, step):
+    """Every voxel goes over to the best holder that it or its neighbours have, in a sweep there and one back.
+
+    The best is the one of largest squared `reach` among those that reach the voxel from their `place`, then the
+    nearest.
+    """
+    count = np.int32(holder.shape[0])
+    for n in range(2 * count):
+        i = np.int32(n if n < count else 2 * count - 1 - n)
+        mine = holder[i]
+        away = _squared_distance(index, i, place[mine], step)
         for k in range(26):
             j = neighbours[i, k]
-            if j >= 0 and depth[centre[j]] > depth[centre[i]]:
-                c = centre[j]
-                if _within(index, i, c, step, np.float64(depth[c]), 1.0):
-                    centre[i] = c
-                    changed = True
-    return changed
+            other = holder[j]
+            if j >= 0 and other >= 0 and other != mine and (mine < 0 or reach[other] >= reach[mine]):
+                there = _squared_distance(index, i, place[other], step)
+                if there <= reach[other] and (mine < 0 or reach[other] > reach[mine] or there < away):
+                    mine, away = other, there
+        holder[i] = mine
 
 
 @_inlined
-def _sift_up(heap, place, distance, v, hole):
-    while hole > 0:
-        above = (hole - 1) // 2
-        if distance[heap[above]] <= distance[v]:
-            break
-        heap[hole] = heap[above]
-        place[heap[hole]] = hole
-        hole = above
-    heap[hole] = v
-    place[v] = hole
-
-
-@_inlined
-def _sift_down(heap, place, distance, v, size):
-    hole = 0
-    while True:
-        child = 2 * hole + 1
-        if child >= size:
-            break
-        if child + 1 < size and distance[heap[child + 1]] < distance[heap[child]]:
-            child += 1
-        if distance[heap[child]] >= distance[v]:
-            break
-        heap[hole] = heap[child]
-        place[heap[hole]] = hole
-        hole = child
-    heap[hole] = v
-    place[v] = hole
-
-
-@_compiled
-def _dijkstra(size, graph, cost, distance, length, parent, queue):
-    """An indexed binary heap; `place` is where a voxel sits in it, -1 before and -2 after."""
-    neighbours, neighbour_step = graph
-    heap, place = queue
-    while size > 0:
-        u = heap[0]
-        size -= 1
-        if size > 0:
-            _sift_down(heap, place, distance, heap[size], size)
-        place[u] = -2
-        for k in range(26):
-            v = neighbours[u, k]
-            if v < 0 or place[v] == -2:
-                continue
-            reached = distance[u] + neighbour_step[k] * (cost[u] + cost[v]) / 2
-            if reached < distance[v]:
-                distance[v] = reached
-                parent[v] = u
-                length[v] = length[u] + neighbour_step[k]
-                hole = place[v]
-                if hole < 0:
-                    hole = size
-                    size += 1
-                _sift_up(heap, place, distance, v, hole)
-
-
-@_compiled
-def _cap_centre(tip, depth, graph, slope):
+def _cap_centre(tip, depth, neighbours, index, step, slope):
     """Uphill from `tip` while depth grows steeply; then onward as long as the ball there still reaches the tip."""
-    neighbours, index, step = graph
-    i, best = tip, tip
+    best = tip
     while best >= 0:
-        i, best, steepest = best, -1, slope
+        i, best, steepest = best, np.int32(-1), slope * slope
         for k in range(26):
             j = neighbours[i, k]
             if j >= 0 and depth[j] > depth[i]:
-                gain = (depth[j] - depth[i]) / np.sqrt(_squared_distance(index, i, j, step))
+                rise = depth[j] - depth[i]
+                gain = rise * rise / _squared_distance(index, i, j, step)
                 if gain > steepest:
                     best, steepest = j, gain
     best = i
     while best >= 0:
-        i, best, deepest = best, -1, 0.0
-        away = _squared_distance(index, tip, np.int32(i), step)  # int32 as rows in `neighbours`: compiled once
+        i, best, deepest = best, np.int32(-1), np.float32(0)
+        away = _squared_distance(index, tip, i, step)
         for k in range(26):
             j = neighbours[i, k]
             onward = j >= 0 and depth[j] > deepest and _squared_distance(index, tip, j, step) > away
-            if onward and _within(index, np.int32(tip), j, step, np.float64(depth[j]), 0.5):
+            if onward and _within(index, tip, j, step, depth[j], 0.5):
                 best, deepest = j, depth[j]
     return i
 
 
 @_inlined
-def _walk_to_tree(v, parent, node, owner, path):
-    """Write the way from `v` to a node of the tree or a root into `path` -> its end, its hops, its uncovered hops."""
-    hops = bare = 0
-    while node[v] < 0 and parent[v] >= 0:
-        path[hops] = v
-        hops += 1
-        if owner[v] < 0:
-            bare += 1
-        v = parent[v]
-    return v, hops, bare
+def _chain(v, slot, slots, before, after):
+    first = slots[slot]
+    if first >= 0:
+        before[first] = v
+    before[v], after[v], slots[slot] = -1 - slot, first, v
 
 
 @_inlined
-def _cover(first, nodes, depth, rule, graph, found):
+def _unchain(v, slots, before, after):
+    if before[v] >= 0:
+        after[before[v]] = after[v]
+    else:
+        slots[-1 - before[v]] = after[v]
+    if after[v] >= 0:
+        before[after[v]] = before[v]
+
+
+@_compiled
+def _dijkstra(
+    ends, depth, slope, width, neighbours, index, step, neighbour_step, cost,
+    distance, length, parent, slots, before, after,
+):  # fmt: skip
+    """Shortest paths with voxels in slots by distance: no step is shorter than a slot is wide, none wraps around.
+
+    The voxels of a slot are a chain, linked by `before` (-1 - slot at its first) and `after` (-1 at its last,
+    -2 once a voxel is done).
+    """
+    waiting = 0
+    for n in range(ends.shape[0]):
+        u = _cap_centre(ends[n], depth, neighbours, index, step, slope)
+        if distance[u] > 0:
+            distance[u] = 0
+            _chain(u, np.int64(0), slots, before, after)
+            waiting += 1
+    current = 0
+    while waiting > 0:
+        u = slots[current % slots.shape[0]]
+        if u < 0:
+            current += 1
+            continue
+        _unchain(u, slots, before, after)
+        after[u] = -2
+        waiting -= 1
+        for k in range(26):
+            v = neighbours[u, k]
+            if v < 0 or after[v] == -2:
+                continue
+            reached = distance[u] + neighbour_step[k] * (cost[u] + cost[v]) / 2
+            if reached < distance[v]:
+                if distance[v] < np.inf:
+                    _unchain(v, slots, before, after)
+                    waiting -= 1
+                distance[v] = reached
+                parent[v] = u
+                length[v] = length[u] + neighbour_step[k]
+                _chain(v, np.int64(distance[v] / width) % slots.shape[0], slots, before, after)
+                waiting += 1
+
+
+@_inlined
+def _cover(first, nodes, depth, rule, neighbours, index, step, voxel, owner, queue):
     """Breadth first, give the uncovered voxels around the new nodes to them."""
-    neighbours, index, step = graph
-    voxel, _, _, owner, _, queue = found
     fresh = nodes - first
     for n in range(fresh):
         queue[n] = voxel[first + n]
@@ -316,25 +287,31 @@ def _cover(first, nodes, depth, rule, graph, found):
         head += 1
         for k in range(26):
             j = neighbours[w, k]
-            if j < 0 or owner[j] >= 0:
-                continue
-            if _within(index, j, s, step, rule[0] * depth[s], rule[1]):
+            if j >= 0 and owner[j] < 0 and _within(index, j, s, step, np.float32(rule[0] * depth[s]), rule[1]):
                 owner[j] = source
                 queue[tail] = j
                 tail += 1
 
 
 @_compiled
-def _extract(nodes, order, paths, rule, graph, found):
+def _extract(
+    order, parent, length, depth, rule, neighbours, index, step,
+    voxel, owner, queue, node, parents, starts,
+):  # fmt: skip
     """See `extract_branches`."""
-    parent, length, depth = paths
-    voxel, parents, starts, owner, node, queue = found
-    branches = 0  # `nodes` is 0 too, as an argument: as a literal it would be compiled three times
+    nodes = branches = np.int64(0)  # a literal 0 would be compiled again and again
     for n in range(order.shape[0]):
-        v = np.int64(order[n])
+        v = order[n]
         if owner[v] >= 0:
             continue
-        u, hops, bare = _walk_to_tree(_cap_centre(v, depth, graph, rule[4]), parent, node, owner, queue)
+        u = _cap_centre(v, depth, neighbours, index, step, rule[4])
+        hops, bare = 0, 0.0
+        while node[u] < 0 and parent[u] >= 0:
+            queue[hops] = u
+            hops += 1
+            if owner[u] < 0:
+                bare += depth[u]
+            u = parent[u]
         hook = node[u]
         if hook < 0:
             queue[hops] = u
@@ -347,27 +324,11 @@ def _extract(nodes, order, paths, rule, graph, found):
         first = nodes
         starts[branches] = first
         branches += 1
-        for m in range(hops - 1, -1, -1):
-            voxel[nodes], parents[nodes], node[queue[m]] = queue[m], hook, nodes
-            hook = nodes
+        while hops > 0:
+            hops -= 1
+            voxel[nodes] = queue[hops]
+            parents[nodes] = hook
+            node[queue[hops]] = hook = nodes
             nodes += 1
-        _cover(first, nodes, depth, rule, graph, found)
+        _cover(first, nodes, depth, rule, neighbours, index, step, voxel, owner, queue)
     return nodes, branches
-
-
-@_compiled
-def _hand_to_nearest(owner, voxel, neighbours, index, step, backwards):
-    """One sweep: every voxel goes to the nearest of the nodes that own it or its neighbours."""
-    count = owner.shape[0]
-    for n in range(count):
-        i = count - 1 - n if backwards else n
-        mine = owner[i]
-        best = _squared_distance(index, i, voxel[mine], step) if mine >= 0 else np.inf
-        for k in range(26):
-            j = neighbours[i, k]
-            if j >= 0 and owner[j] >= 0 and owner[j] != mine:
-                away = _squared_distance(index, i, voxel[owner[j]], step)
-                if away < best:
-                    best = away
-                    mine = owner[j]
-        owner[i] = mine
