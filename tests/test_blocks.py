@@ -7,7 +7,8 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import ndimage
 
-from vit3d.model.blocks_vit3d import Block, BlockPlan, assemble, process_blocks
+from vit3d.model.blocks_vit3d import Block, BlockPlan
+from vit3d.model.inference_vit3d import assemble
 
 WINDOW, OVERLAP = (8, 12, 16), (2, 5, 4)
 SHAPES = [
@@ -25,6 +26,11 @@ SHAPES = [
 @pytest.fixture(params=["blend", "crop"])
 def mode(request) -> str:
     return request.param
+
+
+def process_blocks(array: np.ndarray, function, plan: BlockPlan) -> np.ndarray:
+    """Run `function` (window -> array of the window's size) over the array, block by block."""
+    return assemble(plan, ((block, function(block.read(array))) for block in plan))
 
 
 def added_weights(plan: BlockPlan) -> np.ndarray:

@@ -29,8 +29,8 @@ from vit3d.blockwise.memory_budget import BOXES, choose_layout, working_bytes
 from vit3d.blockwise.out_of_core import RunOptions, segment_store
 from vit3d.blockwise.provenance import machine_of, model_digest
 from vit3d.blockwise.segmentation_job import damage_report, segment_path
-from vit3d.model.blocks_vit3d import BlockPlan, assemble
-from vit3d.model.inference_vit3d import FAINT
+from vit3d.model.blocks_vit3d import BlockPlan
+from vit3d.model.inference_vit3d import FAINT, assemble
 from vit3d.model.intensity_vit3d import foreground, foreground_reach, local_background, measure
 from vit3d.volume import open_volume
 

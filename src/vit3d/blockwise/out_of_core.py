@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..model.blocks_vit3d import Block, assemble
+from ..model.blocks_vit3d import Block
 from ..model.image_processing_vit3d import ViT3DImageProcessor
 from ..model.inference_vit3d import (
     Job,
+    assemble,
     batches,
     occupied_windows,
     predict_batches,

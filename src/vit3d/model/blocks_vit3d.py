@@ -1,16 +1,14 @@
-"""NOUN  Block: a window to read and what of it to keep; plans over a shape, and puts results together.
+"""NOUN  Block: a window to read and what of it to keep; plans over a shape.
 
-No model: any function from a window to an array of the same size can be run block by block.
+Numpy only, and no model: any function from a window to an array of the same size can be run block by block.
 Coordinates are voxels, (depth, height, width). Windows may reach beyond the volume (it is then replicated
 at its border), so that a network always sees the size it was trained with.
 """
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise, product
 
 import numpy as np
-import torch
 
 Box = tuple[slice, slice, slice]
 
@@ -95,27 +93,6 @@ class BlockPlan:
     def profiles(self, block: Block, crop: Box = (slice(None),) * 3) -> list[np.ndarray]:
         """Per axis the weights, float32, of which `weight` is the product."""
         return [self._profiles[axis][start][crop[axis]] for axis, start in enumerate(block.start)]
-
-
-def assemble(plan: BlockPlan, results: Iterable[tuple[Block, np.ndarray]], box: Box | None = None) -> np.ndarray:
-    """Weighted sum of window results (arrays or tensors), float32, of the volume's shape or of a `box` of it.
-
-    A block left out counts as zeros.
-    """
-    box = box or tuple(slice(0, size) for size in plan.shape)
-    volume = np.zeros([b.stop - b.start for b in box], dtype=np.float32)  # numpy asks for large pages
-    for block, result in results:
-        there, crop = plan.kept(block, box)
-        shares, rows, columns = plan.profiles(block, crop)
-        across, kept = torch.from_numpy(rows[:, None] * columns), torch.as_tensor(result[crop], dtype=torch.float32)
-        for plane, values, share in zip(torch.from_numpy(volume[there]), kept, shares.tolist(), strict=True):
-            plane.addcmul_(values, across, value=share)  # plane by plane: in the cache
-    return volume
-
-
-def process_blocks(array, function: Callable[[np.ndarray], np.ndarray], plan: BlockPlan) -> np.ndarray:
-    """Run `function` (window -> array of the window's size) over `array`, block by block."""
-    return assemble(plan, ((block, function(block.read(array))) for block in plan))
 
 
 def _starts(extent: int, window: int, overlap: int, step: int) -> list[int]:

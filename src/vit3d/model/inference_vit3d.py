@@ -11,7 +11,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from .blocks_vit3d import Block, BlockPlan, Box, assemble
+from .blocks_vit3d import Block, BlockPlan, Box
 from .image_processing_vit3d import ViT3DImageProcessor
 from .intensity_vit3d import IntensityStatistics
 
@@ -131,6 +131,22 @@ def _logits(model, windows: np.ndarray, masks: list[np.ndarray]) -> torch.Tensor
     token_mask = torch.from_numpy(np.stack(masks)).to(model.device)
     # all kept is the dense computation: without a mask it needs no gathering
     return model(torch.from_numpy(windows).to(model.device), None if token_mask.all() else token_mask).logits[:, 0]
+
+
+def assemble(plan: BlockPlan, results: Iterable[tuple[Block, np.ndarray]], box: Box | None = None) -> np.ndarray:
+    """Weighted sum of window results (arrays or tensors), float32, of the volume's shape or of a `box` of it.
+
+    A block left out counts as zeros.
+    """
+    box = box or tuple(slice(0, size) for size in plan.shape)
+    volume = np.zeros([b.stop - b.start for b in box], dtype=np.float32)  # numpy asks for large pages
+    for block, result in results:
+        there, crop = plan.kept(block, box)
+        shares, rows, columns = plan.profiles(block, crop)
+        across, kept = torch.from_numpy(rows[:, None] * columns), torch.as_tensor(result[crop], dtype=torch.float32)
+        for plane, values, share in zip(torch.from_numpy(volume[there]), kept, shares.tolist(), strict=True):
+            plane.addcmul_(values, across, value=share)  # plane by plane: in the cache
+    return volume
 
 
 def without_faint(probability: np.ndarray) -> np.ndarray:
