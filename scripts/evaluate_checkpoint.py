@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unlike_stacks import DARK, KINDS, SEEDS, unlike_stack
+from unlike_stacks import ALIKE, DARK, KINDS, SEEDS, unlike_stack
 from vit3d.annotations.gold import align_gold, without_untraced
 from vit3d.bigneuron import find_pairs
 from vit3d.checkpoint import load_checkpoint
@@ -68,9 +68,10 @@ def unlike_row(model, processor, kind: str, seed: int) -> dict:
 
 
 def unlike_table(rows: list[dict]) -> list[dict]:
-    """Per kind and over all but the plain one: mean and worst F1, and how many failed."""
+    """Per kind, and over those that training saw something alike and those it did not: F1, and how many failed."""
     groups = {kind: [row for row in rows if row["kind"] == kind] for kind in KINDS}
-    groups["all but plain"] = [row for row in rows if row["kind"] != "plain"]
+    groups["all that training saw alike"] = [row for row in rows if row["kind"] in ALIKE]
+    groups["all that it did not"] = [row for row in rows if row["kind"] not in (*ALIKE, "plain")]
     return [{"kind": kind, "stacks": len(part), **_summary(part)} for kind, part in groups.items()]
 
 

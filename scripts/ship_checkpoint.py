@@ -39,6 +39,7 @@ def main() -> None:
     args = parser.parse_args()
 
     model = ViT3DForNeuronSegmentation.from_pretrained(args.runs[-1] / "last", dtype=torch.float16)
+    vars(model.config).pop("auto_map", None)  # of the code that a run carries, which lies beside the package's own
     model.save_pretrained(args.to)
     ViT3DImageProcessor.from_config(model.config).save_pretrained(args.to)
     table = markdown_table([history(run) for run in args.runs])

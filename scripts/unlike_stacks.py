@@ -1,9 +1,10 @@
-"""Stacks of kinds that neither the training's generator nor its augmentation makes, each with its true tree.
+"""Stacks of kinds that the training's generator does not make, each with its true tree.
 
     python scripts/unlike_stacks.py OUT
 
 draws one picture of each kind, with the truth beside it, into the folder OUT. Nothing may train on these:
-`evaluate_checkpoint.py` takes them to tell how often a network fails on sources it has never seen.
+`evaluate_checkpoint.py` takes them to tell how often a network fails elsewhere. Of the kinds in `ALIKE` the training's
+augmentation makes something alike, by other formulas; of the others nothing.
 """
 
 import sys
@@ -116,6 +117,7 @@ def brightfield(rng, light: np.ndarray, truth: NeuronTree) -> np.ndarray:
 
 
 KINDS = {k.__name__: k for k in (plain, membrane, puncta, stripes, crowd, blobs, ringing, speckle, brightfield)}
+ALIKE = ("stripes", "crowd", "ringing", "speckle")
 DARK = ("brightfield",)
 
 
