@@ -164,6 +164,8 @@ def draw_spacing(rows: list[dict], path: Path) -> None:
         for name in ("F1 at 2 um", "resampled, F1 at 2 um"):
             axes.plot([float(row[varied]) for row in shown], [row[name] for row in shown], "o-", label=name)
         axes.set(xlabel=f"spacing {varied}", xscale="log", title=f"{fixed[0]} = {fixed[1]}")
+        axes.set_xticks([float(row[varied]) for row in shown], [row[varied] for row in shown])
+        axes.minorticks_off()
     left.legend()
     figure.savefig(path, dpi=130)
 
