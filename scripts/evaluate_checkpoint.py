@@ -99,10 +99,10 @@ def write(found: dict[str, list[dict]], card: Path, readme: Path, data: Path) ->
     real, simulated = found["real"], found["simulated"]
     means = {key: float(np.mean([row[key] for row in simulated if np.isfinite(row[key])])) for key in SHOWN}
     mean_row = {"seed": "mean", "spacing z, y, x (um)": "", "true trees": "", **means}
-    fill_card(card, "real neurons", markdown_table(real))
-    fill_card(card, "simulated neurons", markdown_table([*simulated, mean_row]))
-    fill_card(card, "unlike stacks", markdown_table(unlike_table(found["unlike"])))
-    card.with_name("scores.json").write_text(json.dumps(found, indent=1) + "\n")
+    tables = {"real": real, "simulated": [*simulated, mean_row], "unlike": unlike_table(found["unlike"])}
+    for section in ("real neurons", "simulated neurons", "unlike stacks"):
+        fill_card(card, section, markdown_table(tables[section.split()[0]]))
+    card.with_name("scores.json").write_text(json.dumps(tables, indent=1) + "\n")
     chosen = next(row for row in real if row["role"] == "selected on")
     mean = np.mean([row["f1"] for row in real])
     command = f"`python scripts/evaluate_checkpoint.py --data {data} --card {card}`"
