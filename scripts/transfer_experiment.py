@@ -242,8 +242,10 @@ def report_encoders(rows: list[dict], card: Path) -> None:
     if {fold for _, fold in paired} == set(FOLDS):  # one neuron says nothing of the other
         with_, without = (fmean(by_run[*run, strategy] for run in paired) for strategy in ("center", "no layers"))
         verdict = "earn their cost" if with_ - without >= EARNS else "do **not** earn their cost"
-        words = f"The transformer's layers {verdict}: mean F1 at 2 voxels over {len(paired)} pairs of runs on neurons "
-        words += f"left out is {with_:.3f} with them and {without:.3f} with none (a fall below {EARNS} is none)."
+        budget = f"{rows[0]['run']['steps']} steps of {rows[0]['run']['batch_size']} crops"
+        words = f"The transformer's layers {verdict} after {budget}: mean F1 at 2 voxels over {len(paired)} pairs of "
+        words += f"runs on neurons left out is {with_:.3f} with them and {without:.3f} with none "
+        words += f"(a fall below {EARNS} is none)."
         fill_card(card, "verdict", words)
 
 
