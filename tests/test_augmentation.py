@@ -90,6 +90,17 @@ def test_a_stretched_crop_shows_more_or_fewer_slices():
     assert max(steps) > 1.25
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_turned_and_stretched_crop_is_the_affine_transform_of_its_stack(seed):
+    window, rng = (8, 24, 20), np.random.default_rng(seed)
+    matrix, read = vary_geometry(window, rng, Augmentation.none(rotate=1, stretch=1))
+    stack = rng.random(read, np.float32)
+    offset = (np.array(read) - 1) / 2 - matrix @ ((np.array(window) - 1) / 2)
+    for order in (0, 1):
+        expected = ndimage.affine_transform(stack, matrix, offset, window, order=order, mode="nearest")
+        assert_allclose(resample(stack, matrix, window, smooth=order == 1), expected, atol=1e-5)
+
+
 # --- how bright they are ---
 
 

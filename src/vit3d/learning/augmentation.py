@@ -16,7 +16,8 @@ class Augmentation:
     plane, by any angle. stretch: in depth, as if slices lay closer together or further apart. expose: brightness
     and black level. gamma: dim neurites against bright ones. noise, blur. drop_slices: one or two slices are
     blank or repeat their neighbour. polarity: the crop as it would look in the other kind of microscope, dark
-    neurites on a bright ground for fluorescence.
+    neurites on a bright ground for fluorescence. crowd: cells out of focus. stripes: shadows of a light sheet.
+    texture: clumped noise. speckle: of coherent light. sharpen: rings around what is bright.
     """
 
     flip: float = 0.5
@@ -67,12 +68,33 @@ def vary_geometry(window: tuple[int, int, int], rng: np.random.Generator, augmen
 
 
 def resample(array: np.ndarray, matrix: np.ndarray, window: tuple[int, int, int], *, smooth: bool) -> np.ndarray:
-    """(Z, Y, X) of `window` voxels out of what `vary_geometry` said to read; linear if `smooth`, else nearest."""
-    offset = (np.array(array.shape) - 1) / 2 - matrix @ ((np.array(window) - 1) / 2)
-    kind = array.dtype if not smooth else np.float32
-    source = array.astype(np.uint8) if array.dtype == bool else array
-    out = ndimage.affine_transform(source, matrix, offset, window, order=int(smooth), mode="nearest", output=None)
-    return out.astype(kind, copy=False)
+    """(Z, Y, X) of `window` voxels out of what `vary_geometry` said to read; linear if `smooth`, else nearest.
+
+    Slices stay slices, so that depth and plane are looked up one after the other: many times faster than a general
+    affine transform. Beyond the border its voxels are repeated.
+    """
+    z, y, x = (np.arange(size) - (size - 1) / 2 for size in window)
+    centre, most = (np.array(array.shape) - 1) / 2, np.array(array.shape) - 1
+    z = np.clip(centre[0] + matrix[0, 0] * z, 0, most[0])
+    y, x = (
+        np.clip(centre[axis] + matrix[axis, 1] * y[:, None] + matrix[axis, 2] * x, 0, most[axis]) for axis in (1, 2)
+    )
+    if not smooth:
+        z, y, x = (np.rint(places).astype(np.intp) for places in (z, y, x))
+        return array.reshape(len(array), -1)[z][:, y * array.shape[2] + x]
+    (z, after_z), (y, after_y), (x, after_x) = (_whole_and_rest(places) for places in (z, y, x))
+    array = array.astype(np.float32)
+    slab = array[z] * (1 - after_z)[:, None, None] + array[np.minimum(z + 1, most[0])] * after_z[:, None, None]
+    slab, width = slab.reshape(len(slab), -1), array.shape[2]
+    below, right = np.minimum(y + 1, most[1]) * width, np.minimum(x + 1, most[2])
+    upper = slab[:, y * width + x] * (1 - after_x) + slab[:, y * width + right] * after_x
+    lower = slab[:, below + x] * (1 - after_x) + slab[:, below + right] * after_x
+    return upper * (1 - after_y) + lower * after_y
+
+
+def _whole_and_rest(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    whole = np.floor(places)
+    return whole.astype(np.intp), (places - whole).astype(np.float32)
 
 
 def vary_orientation(
