@@ -8,6 +8,7 @@ and the augmentation of `vit3d train`, and traces what they see of the neuron le
 finished run is a line of accuracy.jsonl beside the card; the same command goes on where it was stopped, and with a
 folder `--scratch` that is kept, also in the middle of a run. The networks have different windows, hence `--steps` of
 `--batch-size` windows: see that `loss before` and `loss` agree. bf16 autocast where the hardware multiplies it.
+`minutes` of training are one thread's on a CPU, the clock's on a GPU.
 """
 
 import argparse
@@ -79,17 +80,18 @@ class Training:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
         self.parts = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
         self.losses: list[float] = []
-        self.seconds = 0.0  # of processor time
+        self.seconds = 0.0  # of this process on a CPU, else of the clock
 
     def run(self, crops: CropDataset) -> torch.nn.Module:
         """Train to the end; the averaged network."""
+        clock = time.process_time if self.device == "cpu" else time.perf_counter
         if self.state.exists():
             self._load()
         rest = torch.utils.data.Subset(crops, range(len(self.losses) * self.config.batch_size, len(crops)))
         for batch in torch.utils.data.DataLoader(rest, self.config.batch_size, num_workers=self.config.num_workers):
-            start = time.process_time()
+            start = clock()
             self._step({key: value.to(self.device) for key, value in batch.items()})
-            self.seconds += time.process_time() - start
+            self.seconds += clock() - start
             if len(self.losses) % SAVE_EVERY == 0:
                 self._save()
         return self.parts["average"].module.eval()
@@ -148,7 +150,7 @@ def perform(run: dict, args, store: Path) -> dict:
     state = store / ("_".join(map(str, run.values())) + ".pt")
     training = Training(model, config, args.device, state)
     model, losses = training.run(crops), training.losses
-    row = {**run, "windows": len(crops), "CPU minutes": training.seconds / 60}
+    row = {**run, "windows": len(crops), "minutes": training.seconds / 60}
     tenth = max(1, args.steps // 10)
     row |= {"loss before": fmean(losses[-2 * tenth : -tenth] or losses), "loss": fmean(losses[-tenth:])}
     pair = next(pair for pair in pairs if pair["name"] == run["fold"])
@@ -168,7 +170,7 @@ def means(rows: list[dict]) -> list[dict]:
         for network in NETWORKS:
             part = [row for row in rows if (row["network"], row["fold"]) == (network, fold)]
             if part:
-                shown = ("steps", "windows", "CPU minutes", "loss before", "loss", *SHOWN, "precision of traced")
+                shown = ("steps", "windows", "minutes", "loss before", "loss", *SHOWN, "precision of traced")
                 spread = {key: f"{fmean(r[key] for r in part):.3g}" for key in shown[:3]}
                 spread |= {key: _spread([row[key] for row in part]) for key in shown[3:]}
                 found.append({"left out": fold, "network": network, "runs": len(part), **spread})

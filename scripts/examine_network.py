@@ -18,12 +18,13 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.ndimage import distance_transform_edt, zoom
+from scipy.ndimage import distance_transform_edt
 
 from vit3d.annotations.gold import align_gold
 from vit3d.bigneuron import find_pairs
 from vit3d.checkpoint import load_checkpoint
 from vit3d.model.inference_vit3d import OVERLAP
+from vit3d.reconstruction import reconstruct
 from vit3d.scoring import score_trees
 from vit3d.segmentation import segment
 from vit3d.simulate import Microscope, Style, expose, grow, simulate_neuron
@@ -37,6 +38,8 @@ NEAR_VOX = 8  # seams are judged this near to a neurite
 EXTENT_UM = (24.0, 50.0, 50.0)  # of the neuron that is sampled at many spacings
 SPACINGS_UM = [(1.0, xy, xy) for xy in (0.1, 0.15, 0.2, 0.33, 0.5, 0.7, 1.0)]
 SPACINGS_UM += [(z, 0.33, 0.33) for z in (0.2, 0.5, 2.0, 3.0)]
+SPACINGS_UM += [(0.3, 0.1, 0.1), (2.0, 1.0, 1.0), (3.0, 0.7, 0.7)]
+GRIDS, GRID_SEEDS = ("own voxels, F1 at 2 um", "reconstruct, F1 at 2 um"), range(6)
 PHOTONS = (60.0, 20.0, 10.0, 6.0, 3.0)  # per bright voxel; the default microscope counts 60
 SEEDS = range(3)
 MEASURED = """
@@ -110,29 +113,19 @@ def sampled_neuron(seed: int, spacing_um: tuple[float, float, float]) -> tuple[V
     return Volume(expose(rng, tree, brightness, shape, Microscope(debris=0)), spacing_um), tree
 
 
-def resampled(volume: Volume) -> Volume:
-    """The stack at the spacing of the training neurons."""
-    factors = np.array(volume.spacing_um) / OP_SPACING_UM
-    factors = (np.rint((np.array(volume.shape) - 1) * factors) + 1) / volume.shape  # whole voxels, corners kept
-    voxels = zoom(volume.voxels.astype(np.float32), factors, order=1)
-    steps = (np.array(volume.shape) - 1) / np.maximum(np.array(voxels.shape) - 1, 1) * volume.spacing_um
-    return Volume(np.rint(voxels).astype(np.uint8), tuple(steps.tolist()))
-
-
 def f1_at_um(found: NeuronTree, truth: NeuronTree, threshold_um: float) -> float:
     found, truth = (replace(tree.to("um"), unit="voxel", spacing_um=None) for tree in (found, truth))
     return score_trees(found, truth, threshold=threshold_um)["f1"]
 
 
 def spacing_row(spacing_um: tuple[float, float, float], model, processor) -> dict:
-    columns = {"F1 at 2 voxels": [], "F1 at 2 um": [], "resampled, F1 at 2 um": []}
-    for seed in SEEDS:
+    columns = {name: [] for name in GRIDS}
+    for seed in GRID_SEEDS:
         volume, truth = sampled_neuron(seed, spacing_um)
-        tree = trace(segment(model, volume, processor=processor))
-        columns["F1 at 2 voxels"].append(score_trees(tree.to("voxel"), truth.to("voxel"))["f1"])
-        columns["F1 at 2 um"].append(f1_at_um(tree, truth, 2.0))
-        tree = trace(segment(model, resampled(volume), processor=processor))
-        columns["resampled, F1 at 2 um"].append(f1_at_um(tree, truth, 2.0))
+        own = trace(segment(model, volume, processor=processor))
+        found = reconstruct(model, volume, processor=processor).tree
+        for name, tree in zip(GRIDS, (own, found), strict=True):
+            columns[name].append(f1_at_um(tree, truth, 2.0))
     means = {name: float(np.mean(values)) for name, values in columns.items()}
     return {"z (um)": f"{spacing_um[0]:g}", "y, x (um)": f"{spacing_um[1]:g}", **means}
 
@@ -161,7 +154,7 @@ def draw_spacing(rows: list[dict], path: Path) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, fixed, varied in ((left, ("z (um)", "1"), "y, x (um)"), (right, ("y, x (um)", "0.33"), "z (um)")):
         shown = sorted((row for row in rows if row[fixed[0]] == fixed[1]), key=lambda row: float(row[varied]))
-        for name in ("F1 at 2 um", "resampled, F1 at 2 um"):
+        for name in GRIDS:
             axes.plot([float(row[varied]) for row in shown], [row[name] for row in shown], "o-", label=name)
         axes.set(xlabel=f"spacing {varied}", xscale="log", title=f"{fixed[0]} = {fixed[1]}")
         axes.set_xticks([float(row[varied]) for row in shown], [row[varied] for row in shown])

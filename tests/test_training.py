@@ -19,14 +19,14 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from runs import SIZES, WINDOW, equal, launch, losses, make_checkpoint, make_pairs, metrics, weights
 from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation, ViT3DImageProcessor, segment
-from vit3d.annotations.annotation import examine
+from vit3d.annotations.annotation import examine, spacing_of
 from vit3d.annotations.gold import estimate_shift
 from vit3d.annotations.pairs import find_pairs, split_of
 from vit3d.checkpoint import load_checkpoint
 from vit3d.cli import main
 from vit3d.learning.augmentation import Augmentation
 from vit3d.learning.launching import num_workers
-from vit3d.learning.training_data import chosen_neurons, read_pair, training_volumes
+from vit3d.learning.training_data import chosen_neurons, read_pair, training_spacing, training_volumes
 from vit3d.learning.validation import Validator
 from vit3d.metrics import metric_folder
 from vit3d.patches import CropDataset
@@ -458,6 +458,17 @@ def test_tables_and_patterns_reach_the_pairs(config, many):
         rows, _ = chosen_neurons(replace(config, data=str(many), **options))
     found = {row["name"]: (row["spacing_um"], Path(row["swc"]).name) for row in rows}
     assert found["n3"] == ((1.0, 0.5, 0.5), "n3_traced.swc")
+
+
+def test_a_checkpoint_says_at_which_spacing_it_was_trained(config, tiny, data, tmp_path):
+    def recorded(**changes) -> tuple[float, ...]:
+        last = train(replace(config, out=str(tmp_path / str(len(changes))), validate=(), **changes))
+        return ViT3DForNeuronSegmentation.from_pretrained(last).config.training_spacing_um
+
+    stated = {pair["name"]: spacing_of(pair) for pair in find_pairs(data)}
+    assert recorded() == tuple(np.median(list(stated.values()), axis=0))
+    assert recorded(spacing_um=(2.0, 0.7, 0.7), max_steps=1) == (2.0, 0.7, 0.7)
+    assert training_spacing([], config) is None  # simulated neurons alone: what the network said before
 
 
 def row(name: str, folder: Path) -> dict:

@@ -142,6 +142,9 @@ def reconstruct(
     forest: Forest = False,
     swc_unit: SwcUnit = None,
     select: Annotated[bool, typer.Option(help="Leave out patches that hold only background.")] = True,
+    regrid: Annotated[
+        bool, typer.Option(help="Where voxels are unlike those of the training, work on others that are like them.")
+    ] = True,
     memory_budget: MemoryBudget = 4.0,
     out_of_core: Annotated[
         bool | None, typer.Option("--out-of-core/--in-memory", help="Box by box or not; default: what fits the budget.")
@@ -165,11 +168,12 @@ def reconstruct(
         """Whether a stack, or a box of it, is worked on where it lies."""
         if out_of_core is not None:
             return out_of_core
-        return process["ranks"] > 1 or not fits_in_memory(volume, process["memory_bytes"], box)
+        return process["ranks"] > 1 or not fits_in_memory(volume, process["memory_bytes"], box, network.config)
 
     from .checkpoint import load_checkpoint
 
     network, processor = load_checkpoint(model, device_of(device, process["local_rank"]), polarity)
+    network.config.training_spacing_um = network.config.training_spacing_um if regrid else None
     rows, failures = [], []
     for name, path in stacks.items():
         try:
@@ -258,10 +262,12 @@ def segment(
     volume = read_stack(Path(stack), spacing, channel)
     part = box_of(crop, volume.shape)
     from .checkpoint import load_checkpoint
+    from .regridding import warn_of_unlike_voxels
     from .segmentation import segment as run
     from .volume import write_volume
 
     network, processor = load_checkpoint(model, device, polarity)
+    warn_of_unlike_voxels(volume, network.config)
     statistics = processor.measure(volume.voxels)
     probability = run(network, volume.crop(part), processor=processor, statistics=statistics)
     write_volume(probability, make_room(out))

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from .formats.lazy_voxels import ChangedVoxels, LazyVoxels, VoxelsWithin, pieces
+from .regridding import as_trained, on_grid_of
 from .tracing import Review, trace_with_review
 from .tree import NeuronTree, write_swc
 from .volume import SUFFIXES, Volume, is_stack, is_url, open_volume, write_volume
@@ -68,7 +69,10 @@ def reconstruct(
     """Segment and trace a stack, or the part of it inside `box`; `tracing` goes to `trace`.
 
     `mask` (Z, Y, X), as large as the stack: nothing is traced where it is 0. Intensities are measured on the
-    whole stack, so a box is segmented as it would be in the full run.
+    whole stack, so a box is segmented as it would be in the full run. A stack whose voxels are unlike those that the
+    network was trained on is segmented and traced on another grid (`regridding.as_trained`); the tree says where its
+    nodes lie in the stack, and the probability comes back to the stack's voxels. Where
+    `model.config.training_spacing_um` is None, every stack keeps its own.
     """
     from .model.image_processing_vit3d import ViT3DImageProcessor
     from .segmentation import segment  # torch is loaded only here: tracing a mask needs none
@@ -76,15 +80,17 @@ def reconstruct(
     if mask is not None:
         _check_mask(mask, volume)  # before the long part
     processor = processor or ViT3DImageProcessor.from_config(model.config)
-    statistics = processor.measure(volume.voxels)
+    statistics = processor.measure(as_trained(volume, model.config).voxels)
     box = box or tuple(slice(0, size) for size in volume.shape)
     part = volume.crop(box)
     if part.voxels.dtype.kind == "f" and not np.isfinite(part.voxels).all():
         raise ValueError("The stack holds NaN or infinite voxels; replace them before use.")
-    probability = segment(model, part, processor=processor, statistics=statistics, select=select)
-    if mask is not None:
-        probability = masked(probability, mask[box])
-    tree, reviews = trace_with_review(probability, **tracing)
+    seen = _in_memory(as_trained(part, model.config))
+    probability = segment(model, seen, processor=processor, statistics=statistics, select=select)
+    allowed = None if mask is None else Volume(mask[box], part.spacing_um)
+    tree, reviews = trace_with_review(_allowed(probability, allowed), **tracing)
+    tree = replace(tree, spacing_um=part.spacing_um)
+    probability = _allowed(_in_memory(on_grid_of(probability, part)), allowed)
     return Reconstruction(
         part, probability, place(tree, box), placed_reviews(reviews, tree, box), statistics.polarity, box
     )
@@ -107,7 +113,7 @@ def reconstruct_on_disk(
     Any number of processes may do this at once and be killed: all segment into one store, one of them adds its coarser
     levels and traces it, and the others get None. Started again, it goes on. `run`: fields of
     `vit3d.blockwise.out_of_core.RunOptions`. The tree is that of the probability in memory; memory follows the neuron.
-    The store holds the probability also where `mask` is 0.
+    The store holds the probability also where `mask` is 0, on the grid that the network saw (its scale says which).
     """
     from .blockwise.leases import Leases
     from .blockwise.out_of_core import RunOptions, segment_store
@@ -117,27 +123,31 @@ def reconstruct_on_disk(
     if mask is not None:
         _check_mask(mask, volume)
     processor = processor or ViT3DImageProcessor.from_config(model.config)
-    statistics = processor.measure(volume.voxels)
+    statistics = processor.measure(as_trained(volume, model.config).voxels)
     box = box or tuple(slice(0, size) for size in volume.shape)
     part = within(volume, box)
     store.parent.mkdir(parents=True, exist_ok=True)
     options = {"processor": processor, "statistics": statistics, "select": select}
-    segment_store(model, part, store, options=RunOptions(**(run or {})), **options)
+    segment_store(model, as_trained(part, model.config), store, options=RunOptions(**(run or {})), **options)
     with Leases(store.parent) as leases, leases.holding(f".{store.name}.tracing") as mine:
         if not mine:
             return None
         if not has_pyramid(store):
             build_pyramid(store)
         probability = open_volume(store)
-        traced = probability if mask is None else masked(probability, VoxelsWithin(mask, box))
-        tree, reviews = trace_with_review(traced, **tracing)
+        allowed = None if mask is None else Volume(VoxelsWithin(mask, box), part.spacing_um)
+        tree, reviews = trace_with_review(_allowed(probability, allowed), **tracing)
+    tree, probability = replace(tree, spacing_um=part.spacing_um), on_grid_of(probability, part)
     reviews = placed_reviews(reviews, tree, box)
     return Reconstruction(part, probability, place(tree, box), reviews, statistics.polarity, box)
 
 
-def fits_in_memory(volume: Volume, memory_bytes: float, box: Box | None = None) -> bool:
-    """Whether a volume, or a box of it, can be reconstructed, or traced, as a whole with so much memory."""
-    num_voxels = math.prod(volume.shape if box is None else (b.stop - b.start for b in box))
+def fits_in_memory(volume: Volume, memory_bytes: float, box: Box | None = None, config=None) -> bool:
+    """Whether a volume, or a box of it, can be reconstructed, or traced, as a whole with so much memory; `config` of
+    the network for whose sake it may get another grid."""
+    part = volume if box is None else within(volume, box)
+    seen = as_trained(part, config)
+    num_voxels = max(math.prod(part.shape), math.prod(seen.shape))
     return num_voxels * (volume.voxels.dtype.itemsize + _BYTES_BESIDE) + _BYTES_ANYWAY <= memory_bytes
 
 
@@ -180,6 +190,15 @@ def inverted(volume: Volume) -> Volume:
 
 def _turned(voxels: np.ndarray, highest) -> np.ndarray:
     return ~voxels if voxels.dtype == bool else highest - voxels
+
+
+def _in_memory(volume: Volume) -> Volume:
+    return Volume(np.asarray(volume.voxels), volume.spacing_um)
+
+
+def _allowed(probability: Volume, mask: Volume | None) -> Volume:
+    """The probability with zeros where the mask, which may have another grid, is 0."""
+    return probability if mask is None else masked(probability, on_grid_of(mask, probability).voxels)
 
 
 def place(tree: NeuronTree, box: Box, direction: int = 1) -> NeuronTree:

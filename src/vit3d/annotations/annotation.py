@@ -52,6 +52,11 @@ def _examined(row: dict, align: bool, keep_misplaced: bool) -> dict:
     return facts
 
 
+def spacing_of(row: dict) -> tuple[float, ...] | None:
+    """The voxel size (z, y, x) in um that a row or else its stack states."""
+    return _header(row)[1]
+
+
 def _header(row: dict) -> tuple[tuple[int, int, int], tuple[float, ...] | None]:
     """Shape and spacing of a row's stack, which stays closed."""
     opened = read_stack(row, lazy=True)

@@ -1,0 +1,181 @@
+"""A stack on another grid: the same light at the same places, and the same tree."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from test_reconstruction import CONFIG, ON_DISK, Photograph, names
+from vit3d import Volume, read_swc, read_volume, write_volume
+from vit3d.model.image_processing_vit3d import ViT3DImageProcessor
+from vit3d.reconstruction import fits_in_memory, reconstruct, reconstruct_on_disk
+from vit3d.regridding import as_trained, on_grid_of, regridded, warn_of_unlike_voxels
+from vit3d.scoring import score_trees
+from vit3d.simulate import Microscope, Style, expose, grow
+
+TRAINED_UM, COARSE_UM = (1.0, 0.5, 0.5), (2.0, 0.5, 0.9)
+
+
+class Trained(Photograph):
+    """The photograph, of microscopes whose voxels are known."""
+
+    config = type(CONFIG)(**{**CONFIG.to_dict(), "training_spacing_um": TRAINED_UM})
+
+
+def ramp(shape, spacing_um) -> Volume:
+    """Each voxel says where it lies."""
+    z, y, x = np.ix_(*(np.arange(n) * s for n, s in zip(shape, spacing_um, strict=True)))
+    return Volume((z + 10 * y + 100 * x).astype(np.float32), spacing_um)
+
+
+@pytest.mark.parametrize("spacing_um", [(0.3, 0.2, 0.7), (1.0, 0.5, 0.25), (2.1, 0.8, 1.9)])
+def test_every_voxel_shows_what_lies_where_it_is(spacing_um):
+    volume = ramp((20, 30, 40), (1.0, 0.5, 0.5))
+    again = regridded(volume, spacing_um)
+    extent = (np.array(again.shape) - 1) * spacing_um
+    assert (extent <= (np.array(volume.shape) - 1) * volume.spacing_um + 1e-5).all()
+    inner = tuple(slice(3, n - 3) for n in again.shape)  # at the border a wide tent is cut
+    off = 0.05 * np.array(volume.spacing_um) @ (1, 10, 100)  # a tent's samples lean by a few hundredths of a voxel
+    assert_allclose(again.voxels[inner], ramp(again.shape, spacing_um).voxels[inner], atol=off)
+
+
+def test_a_coarser_grid_averages_and_never_aliases():
+    stripes = np.zeros((4, 4, 120), np.float32)
+    stripes[:, :, ::2] = 1
+    coarse = np.asarray(regridded(Volume(stripes, (1, 1, 1)), (1, 1, 4)).voxels)
+    assert_allclose(coarse[:, :, 2:-2], 0.5, atol=1e-6)
+    noise = np.random.default_rng(0).standard_normal((8, 60, 60)).astype(np.float32)
+    assert np.asarray(regridded(Volume(noise, (1, 1, 1)), (1, 3, 3)).voxels).std() < 0.4
+
+
+def test_a_box_is_that_part_of_the_whole_and_the_type_stays():
+    values = np.random.default_rng(0).integers(0, 60_000, (21, 18, 17))
+    for dtype in (np.uint16, np.uint8, np.float32, np.int16, bool):
+        again = regridded(Volume(values.astype(dtype), (1, 1, 1)), (0.7, 1.6, 0.9)).voxels
+        whole = np.asarray(again)
+        assert whole.dtype == again.dtype == dtype
+        assert_array_equal(again[3:29, 2:9, 5], whole[3:29, 2:9, 5])
+
+
+def test_back_on_its_own_grid_a_smooth_stack_is_itself():
+    z, y, x = np.ogrid[:20, :30, :40]
+    volume = Volume((np.sin(z / 4) * np.cos(y / 5) + np.sin(x / 6)).astype(np.float32), (1, 0.5, 0.5))
+    again = on_grid_of(regridded(volume, (0.8, 0.4, 0.45)), volume)
+    assert (again.shape, again.spacing_um) == (volume.shape, volume.spacing_um)
+    inner = (slice(0, -2), slice(0, -2), slice(0, -2))
+    assert_allclose(again.voxels[inner], volume.voxels[inner], atol=0.06)
+    assert on_grid_of(volume, volume) is volume
+
+
+def test_only_what_a_network_does_not_know_is_put_onto_another_grid():
+    stack, config = np.zeros((8, 8, 8), np.uint8), Trained.config
+    for known in (None, TRAINED_UM, (1.2, 0.41, 0.6)):
+        volume = Volume(stack, known)
+        assert as_trained(volume, config) is volume
+    assert as_trained(Volume(stack, COARSE_UM), CONFIG).spacing_um == COARSE_UM  # it does not say
+    seen = as_trained(Volume(stack, COARSE_UM), config)
+    assert seen.spacing_um == pytest.approx(TRAINED_UM)
+    one = as_trained(Volume(stack, (1.1, 0.55, 5.0)), config)
+    assert one.spacing_um == pytest.approx((1.1, 0.55, 0.5))  # along the other axes its voxels are like those
+    with pytest.raises(ValueError, match="without a spacing"):
+        regridded(Volume(stack), TRAINED_UM)
+
+
+@pytest.fixture(scope="module")
+def coarse():
+    """A neuron in voxels that the network does not know, and its truth in um."""
+    rng = np.random.default_rng(4)
+    tree, brightness = grow(rng, (25, 80, 80), (1.0, 0.5, 0.5), Style(cable_um=150.0))
+    shape = [round(n * t / c) for n, t, c in zip((25, 80, 80), TRAINED_UM, COARSE_UM, strict=True)]
+    tree = replace(tree, spacing_um=COARSE_UM)
+    clear = Microscope(debris=0, photons=1000, background=0.02)
+    return Volume(expose(rng, tree, brightness, tuple(shape), clear), COARSE_UM), tree.to("um")
+
+
+def f1_um(found, truth) -> float:
+    return score_trees(*(replace(tree, unit="voxel", spacing_um=None) for tree in (found, truth)), threshold=1.0)["f1"]
+
+
+def test_a_tree_lies_where_its_neuron_is_whatever_the_grid_it_was_traced_on(coarse):
+    volume, truth = coarse
+    result = reconstruct(Trained(), volume)
+    assert (result.tree.unit, result.tree.spacing_um) == ("um", COARSE_UM)
+    assert result.probability.shape == volume.shape
+    assert f1_um(result.tree, truth) > 0.9
+    on = np.rint(result.tree.to("voxel").points).astype(int)
+    on = on[(on < volume.shape).all(1)]
+    assert result.probability.voxels[tuple(on.T)].mean() > 0.5  # the picture's two layers lie on each other
+
+
+def test_a_crop_and_a_mask_mean_the_same_places_on_the_other_grid(coarse):
+    volume, _ = coarse
+    whole, box = reconstruct(Trained(), volume), (slice(1, 12), slice(10, 70), slice(3, 40))
+    part = reconstruct(Trained(), volume, box=box)
+    assert part.probability.shape == (11, 60, 37)
+    inside = (part.tree.points > np.array([1, 10, 3]) * COARSE_UM - 2).all(1)
+    assert inside.all()
+    near = np.linalg.norm(part.tree.points[:, None] - whole.tree.points, axis=2).min(1)
+    assert np.median(near) < 0.5
+    mask = np.zeros(volume.shape, np.uint8)
+    mask[:, :, :20] = 1
+    masked = reconstruct(Trained(), volume, mask=mask)
+    assert masked.tree.points[:, 2].max() < 20 * COARSE_UM[2]
+    assert masked.probability.voxels[:, :, 20:].max() == 0
+
+
+def test_larger_than_memory_is_the_same_tree_and_the_store_says_its_grid(coarse, tmp_path):
+    from vit3d.volume import open_volume
+
+    volume, _ = coarse
+    write_volume(volume, tmp_path / "a.zarr")
+    network, processor = Trained(), ViT3DImageProcessor.from_config(Trained.config)
+    disk = reconstruct_on_disk(network, open_volume(tmp_path / "a.zarr"), tmp_path / "o" / "a_probability.zarr",
+                               processor=processor, run={"memory_bytes": 64 * 2**30})  # fmt: skip
+    memory = reconstruct(network, volume, processor=processor)
+    assert f1_um(disk.tree, memory.tree) > 0.99
+    assert disk.probability.shape == volume.shape
+    assert_allclose(disk.probability.voxels, memory.probability.voxels, atol=1e-3)  # the store holds 2048ths
+    assert open_volume(tmp_path / "o" / "a_probability.zarr").spacing_um == pytest.approx(TRAINED_UM)
+    disk.write(tmp_path / "o", "a")
+    assert names(tmp_path / "o") == ON_DISK
+    assert read_swc(tmp_path / "o" / "a.swc").spacing_um == COARSE_UM
+
+
+def test_on_request_the_stack_keeps_its_voxels(coarse, tmp_path, monkeypatch):
+    from vit3d import checkpoint
+    from vit3d.cli import main
+
+    def load(*_, **__):
+        network = Trained()
+        network.config = copy.deepcopy(Trained.config)
+        return network, ViT3DImageProcessor.from_config(network.config)
+
+    write_volume(coarse[0], tmp_path / "a.tif")
+    monkeypatch.setattr(checkpoint, "load_checkpoint", load)
+    found = []
+    for flag in ("--regrid", "--no-regrid"):
+        with pytest.raises(SystemExit) as stopped:
+            main(["reconstruct", str(tmp_path / "a.tif"), "--out", str(tmp_path / flag), flag])
+        assert not stopped.value.code
+        found.append(read_volume(tmp_path / flag / "a_probability.tif").voxels)
+    own = copy.deepcopy(Trained())
+    own.config = CONFIG
+    assert_array_equal(found[1], reconstruct(own, coarse[0]).probability.voxels)
+    assert np.abs(found[0] - found[1]).max() > 0.1
+
+
+def test_segment_says_where_reconstruct_would_do_better():
+    warn_of_unlike_voxels(Volume(np.zeros((8, 8, 8)), TRAINED_UM), Trained.config)
+    with pytest.warns(UserWarning, match=r"2 x 0.5 x 0.9 um are unlike the 1 x 0.5 x 0.5 um .* `vit3d reconstruct`"):
+        warn_of_unlike_voxels(Volume(np.zeros((8, 8, 8)), COARSE_UM), Trained.config)
+
+
+def test_memory_is_that_of_the_grid_that_is_worked_on(coarse):
+    volume, _ = coarse
+    seen = as_trained(volume, Trained.config)
+    enough = np.prod(seen.shape) * (volume.voxels.dtype.itemsize + 12) + 2**30
+    assert fits_in_memory(volume, enough - 1)
+    assert fits_in_memory(volume, enough, config=Trained.config)
+    assert not fits_in_memory(volume, enough - 1, config=Trained.config)
