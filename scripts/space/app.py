@@ -27,6 +27,7 @@ from vit3d.checkpoint import load_checkpoint
 from vit3d.morphometry import measure
 from vit3d.plot import plot_segmentation
 from vit3d.reconstruction import Reconstruction, reconstruct
+from vit3d.regridding import as_trained
 from vit3d.simulate import simulate_neuron
 from vit3d.tables import markdown_table
 from vit3d.volume import Volume
@@ -126,6 +127,8 @@ def results(volume: Volume, name: str, folder: Path, polarity: str, threshold: s
     out = Path(tempfile.mkdtemp(dir=folder, prefix="run-"))  # a new name, or browsers show what they have kept
     progress(0, "loading the network")
     network, processor = checkpoint(MODEL, "auto", polarity)
+    if math.prod(as_trained(volume, network.config).shape) > LARGEST_VOXELS:
+        raise ValueError(f"{name} is coarse, and on the voxels of the training too large for this page; crop it.")
     progress(0.05, "measuring the background")
     watch = network.register_forward_pre_hook(lambda *_: check_awaited(out))
     try:

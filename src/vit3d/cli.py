@@ -143,7 +143,7 @@ def reconstruct(
     swc_unit: SwcUnit = None,
     select: Annotated[bool, typer.Option(help="Leave out patches that hold only background.")] = True,
     regrid: Annotated[
-        bool, typer.Option(help="Where voxels are unlike those of the training, work on others that are like them.")
+        bool, typer.Option(help="Where voxels are coarser than those of the training, work on voxels like those.")
     ] = True,
     memory_budget: MemoryBudget = 4.0,
     out_of_core: Annotated[
@@ -262,12 +262,12 @@ def segment(
     volume = read_stack(Path(stack), spacing, channel)
     part = box_of(crop, volume.shape)
     from .checkpoint import load_checkpoint
-    from .regridding import warn_of_unlike_voxels
+    from .regridding import warn_of_coarse_voxels
     from .segmentation import segment as run
     from .volume import write_volume
 
     network, processor = load_checkpoint(model, device, polarity)
-    warn_of_unlike_voxels(volume, network.config)
+    warn_of_coarse_voxels(volume, network.config)
     statistics = processor.measure(volume.voxels)
     probability = run(network, volume.crop(part), processor=processor, statistics=statistics)
     write_volume(probability, make_room(out))

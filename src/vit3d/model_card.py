@@ -227,7 +227,8 @@ def _index(record: Record, name: str) -> list[dict]:
 def _own_words(record: Record, config, repo_id: str, licence: str | None, source: str) -> str:
     spacing = "that of the training stacks is not on file."
     if config.training_spacing_um:
-        spacing = f"trained at {_times(config.training_spacing_um)} um (z, y, x)."
+        trained = _times(config.training_spacing_um)
+        spacing = f"trained at {trained} um (z, y, x), to which `vit3d reconstruct` refines coarser stacks."
     tables = [f"Group `{name}`:\n\n{_marked(name, markdown_table(rows))}" for name, rows in record.scores.items()]
     words = (
         "Precision, recall and f1 count the points of one tree that lie near the other (closer than 2 voxels, unless "

@@ -69,9 +69,9 @@ def reconstruct(
     """Segment and trace a stack, or the part of it inside `box`; `tracing` goes to `trace`.
 
     `mask` (Z, Y, X), as large as the stack: nothing is traced where it is 0. Intensities are measured on the
-    whole stack, so a box is segmented as it would be in the full run. A stack whose voxels are unlike those that the
-    network was trained on is segmented and traced on another grid (`regridding.as_trained`); the tree says where its
-    nodes lie in the stack, and the probability comes back to the stack's voxels. Where
+    whole stack, so a box is segmented as it would be in the full run. A stack whose voxels are coarser than those that
+    the network was trained on is segmented and traced on finer ones (`regridding.as_trained`); the tree says where its
+    nodes lie in the stack, and the probability is given at the stack's voxels. Where
     `model.config.training_spacing_um` is None, every stack keeps its own.
     """
     from .model.image_processing_vit3d import ViT3DImageProcessor
@@ -87,7 +87,7 @@ def reconstruct(
         raise ValueError("The stack holds NaN or infinite voxels; replace them before use.")
     seen = _in_memory(as_trained(part, model.config))
     probability = segment(model, seen, processor=processor, statistics=statistics, select=select)
-    allowed = None if mask is None else Volume(mask[box], part.spacing_um)
+    allowed = None if mask is None else Volume(np.asarray(mask[box]) != 0, part.spacing_um)
     tree, reviews = trace_with_review(_allowed(probability, allowed), **tracing)
     tree = replace(tree, spacing_um=part.spacing_um)
     probability = _allowed(_in_memory(on_grid_of(probability, part)), allowed)
@@ -135,7 +135,7 @@ def reconstruct_on_disk(
         if not has_pyramid(store):
             build_pyramid(store)
         probability = open_volume(store)
-        allowed = None if mask is None else Volume(VoxelsWithin(mask, box), part.spacing_um)
+        allowed = None if mask is None else Volume(_ones(VoxelsWithin(mask, box)), part.spacing_um)
         tree, reviews = trace_with_review(_allowed(probability, allowed), **tracing)
     tree, probability = replace(tree, spacing_um=part.spacing_um), on_grid_of(probability, part)
     reviews = placed_reviews(reviews, tree, box)
@@ -147,7 +147,7 @@ def fits_in_memory(volume: Volume, memory_bytes: float, box: Box | None = None, 
     the network for whose sake it may get another grid."""
     part = volume if box is None else within(volume, box)
     seen = as_trained(part, config)
-    num_voxels = max(math.prod(part.shape), math.prod(seen.shape))
+    num_voxels = math.prod(seen.shape) + (0 if seen is part else math.prod(part.shape))
     return num_voxels * (volume.voxels.dtype.itemsize + _BYTES_BESIDE) + _BYTES_ANYWAY <= memory_bytes
 
 
@@ -196,8 +196,13 @@ def _in_memory(volume: Volume) -> Volume:
     return Volume(np.asarray(volume.voxels), volume.spacing_um)
 
 
+def _ones(mask: LazyVoxels) -> LazyVoxels:
+    """1 where the mask is not 0, read box by box."""
+    return ChangedVoxels(mask, lambda part, _: part != 0)
+
+
 def _allowed(probability: Volume, mask: Volume | None) -> Volume:
-    """The probability with zeros where the mask, which may have another grid, is 0."""
+    """The probability with zeros where the mask of zeros and ones, which may have another grid, is below a half."""
     return probability if mask is None else masked(probability, on_grid_of(mask, probability).voxels)
 
 

@@ -54,7 +54,8 @@ def _examined(row: dict, align: bool, keep_misplaced: bool) -> dict:
 
 def spacing_of(row: dict) -> tuple[float, ...] | None:
     """The voxel size (z, y, x) in um that a row or else its stack states."""
-    return _header(row)[1]
+    silent = Path(row["image"]).suffix.lower() in (".v3draw", ".v3dpbd")  # and decoded as a whole
+    return row.get("spacing_um") or (None if silent else _header(row)[1])
 
 
 def _header(row: dict) -> tuple[tuple[int, int, int], tuple[float, ...] | None]:

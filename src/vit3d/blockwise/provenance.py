@@ -39,6 +39,7 @@ def identity_of(model, volume: Volume, processor, select: bool) -> dict:
 def model_digest(model) -> str:
     """SHA-256 of architecture and weights, the same in fp32 and bf16 and wherever the checkpoint lies."""
     told_elsewhere = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "auto_map")
+    told_elsewhere += ("training_spacing_um",)  # decides on which grid, which the input tells
     config = {key: value for key, value in model.config.to_dict().items() if key not in told_elsewhere}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint import DEFAULT_MODEL, load_checkpoint
-from ..regridding import warn_of_unlike_voxels
+from ..regridding import warn_of_coarse_voxels
 from ..volume import open_volume
 from .block_store import BlockStore, partial_path
 from .out_of_core import Outcome, RunOptions, segment_store
@@ -35,7 +35,7 @@ def segment_path(
         device = f"cuda:{options.local_rank % torch.cuda.device_count()}"
     network, processor = load_checkpoint(model, device, polarity)
     if options.rank == 0:
-        warn_of_unlike_voxels(volume, network.config)
+        warn_of_coarse_voxels(volume, network.config)
     return segment_store(network, volume, out, processor=processor, options=options)
 
 

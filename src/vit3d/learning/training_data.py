@@ -61,7 +61,7 @@ def training_spacing(rows: list[dict], config: TrainingConfig) -> tuple[float, .
     """Voxel size (z, y, x) in um of the stacks that are trained on: along each axis their median, None where none
     states one."""
     trained = [row for row in rows if row["name"] not in config.validate]
-    stated = [config.spacing_um or row.get("spacing_um") or annotation.spacing_of(row) for row in trained]
+    stated = [config.spacing_um or annotation.spacing_of(row) for row in trained]
     stated = [spacing for spacing in stated if spacing]
     return tuple(np.median(stated, axis=0).tolist()) if stated else None
 

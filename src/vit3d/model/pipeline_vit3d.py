@@ -23,7 +23,8 @@ class NeuronSegmentationPipeline(Pipeline):
 
     Takes a numpy array (or what slices like one: a Zarr array, a memory map), a path, a `vit3d.Volume`, or a list
     of these. Gives a dict, or a list of them: `probability` (float32) and `mask` (bool), both of the stack's shape,
-    and where vit3d is installed `tree`, a `NeuronTree`, and `swc`, its text.
+    and where vit3d is installed `tree`, a `NeuronTree`, and `swc`, its text. It works on the stack's own voxels; of
+    coarse ones `vit3d reconstruct`, which refines them, makes more.
 
     Args, of the pipeline or of a call:
         spacing_um: voxel size (z, y, x); overrides what a file or a `Volume` says.
