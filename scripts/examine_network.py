@@ -7,6 +7,7 @@ Writes the card's generated sections, examination.json and spacing.png beside it
 """
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -39,6 +40,7 @@ EXTENT_UM = (24.0, 50.0, 50.0)  # of the neuron that is sampled at many spacings
 SPACINGS_UM = [(1.0, xy, xy) for xy in (0.1, 0.15, 0.2, 0.33, 0.5, 0.7, 1.0)]
 SPACINGS_UM += [(z, 0.33, 0.33) for z in (0.2, 0.5, 2.0, 3.0)]
 SPACINGS_UM += [(2.0, 1.0, 1.0), (3.0, 0.7, 0.7)]
+MERGED = [(1, 1, 1), (2, 1, 1), (3, 1, 1), (1, 2, 2), (2, 2, 2), (1, 3, 3), (3, 2, 2)]
 GRIDS, GRID_SEEDS = ("own voxels", "network regridded", "reconstruct"), range(6)
 PHOTONS = (60.0, 20.0, 10.0, 6.0, 3.0)  # per bright voxel; the default microscope counts 60
 SEEDS = range(3)
@@ -130,6 +132,34 @@ def spacing_row(spacing_um: tuple[float, float, float], model, processor) -> dic
     return {"z (um)": f"{spacing_um[0]:g}", "y, x (um)": f"{spacing_um[1]:g}", **means}
 
 
+def merged(volume: Volume, gold: NeuronTree, factors: tuple[int, int, int]) -> tuple[Volume, NeuronTree]:
+    """The stack as a coarser microscope would have taken it, each voxel the mean of so many; and its gold in um."""
+    shape = [size // f for size, f in zip(volume.shape, factors, strict=True)]
+    whole = tuple(slice(0, size * f) for size, f in zip(shape, factors, strict=True))
+    parts = volume.voxels[whole].reshape([n for pair in zip(shape, factors, strict=True) for n in pair])
+    voxels = np.rint(parts.mean(axis=(1, 3, 5))).astype(volume.voxels.dtype)
+    step, merge = np.array(volume.spacing_um), np.array(factors)
+    return Volume(voxels, tuple((step * merge).tolist())), gold.to("um").shifted(-(merge - 1) / 2 * step)
+
+
+def coarser_row(factors: tuple[int, int, int], neurons: dict, model, processor) -> dict:
+    """Mean F1 of the real neurons with so many voxels merged into one, on these voxels and by `reconstruct`."""
+    own = copy.copy(model)
+    own.config = copy.deepcopy(model.config)
+    own.config.training_spacing_um = None
+    row = {"voxels merged z, y, x": " x ".join(map(str, factors))}
+    for name, network in (("own voxels", own), ("reconstruct", model)):
+        found, start = [], time.process_time()
+        for volume, gold in neurons.values():
+            stack, truth = merged(volume, gold, factors)
+            tree = reconstruct(network, stack, processor=processor).tree
+            found.append([f1_at_um(tree, truth, threshold) for threshold in (1.0, 2.0)])
+        near, far = np.mean(found, axis=0)
+        row |= {f"{name}, F1 at 1 um": near, f"{name}, F1 at 2 um": far}
+        row[f"{name}, CPU s"] = (time.process_time() - start) / len(neurons)
+    return row
+
+
 def command_row(stack: Path) -> dict:
     """`vit3d reconstruct` from command to picture, and tracing alone."""
     with TemporaryDirectory() as out:
@@ -168,7 +198,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--card", type=Path, required=True)
     parser.add_argument(
-        "--only", default="", help="selection, seams, command, spacing, comma-separated; all by default"
+        "--only", default="", help="selection, seams, command, coarser, spacing, comma-separated; all by default"
     )
     args = parser.parse_args()
 
@@ -189,6 +219,7 @@ def main() -> None:
             for name in ("OP_3", "OP_6")
         ],
         "command": lambda: [command_row(args.data / "OP_6.tif")],
+        "coarser": lambda: [coarser_row(factors, neurons, model, processor) for factors in MERGED],
         "spacing": lambda: [spacing_row(spacing_um, model, processor) for spacing_um in SPACINGS_UM],
     }
     for section in args.only.split(",") if args.only else examinations:
