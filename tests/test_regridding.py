@@ -212,3 +212,16 @@ def test_a_slab_reads_no_more_than_it_needs():
     back = on_grid_of(finer, Volume(np.zeros((400, 3000, 3000), bool), (3, 1, 1)))
     assert back.voxels[0:64, 0:64, 0:64].shape == (64, 64, 64)
     assert max(np.prod(read) for read in reads) < 2**20  # through both grids no more than is asked for
+
+
+def test_a_speck_of_the_stack_is_noise_on_finer_voxels_too():
+    speck, neurite = np.zeros((10, 40, 40), np.uint8), np.zeros((10, 40, 40), np.uint8)
+    speck[5, 30, 30:32] = 255
+    neurite[5, 10, 5:35] = neurite[5, 11, 5:35] = 255
+    for spacing_um in (TRAINED_UM, COARSE_UM):
+        volume = Volume(speck | neurite, spacing_um)
+        result = reconstruct(Trained(), volume, forest=True)
+        assert result.tree.num_roots == 1
+        assert result.probability.voxels[5, 30, 30] > 0.5
+        kept = reconstruct(Trained(), volume, forest=True, min_voxels=1)
+        assert kept.tree.num_roots == 2

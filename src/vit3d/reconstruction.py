@@ -12,7 +12,7 @@ import numpy as np
 
 from .formats.lazy_voxels import ChangedVoxels, LazyVoxels, VoxelsWithin, pieces
 from .regridding import as_trained, on_grid_of
-from .tracing import Review, trace_with_review
+from .tracing import MIN_VOXELS, Review, trace_with_review
 from .tree import NeuronTree, write_swc
 from .volume import SUFFIXES, Volume, is_stack, is_url, open_volume, write_volume
 
@@ -88,8 +88,7 @@ def reconstruct(
     seen = _in_memory(as_trained(part, model.config))
     probability = segment(model, seen, processor=processor, statistics=statistics, select=select)
     allowed = None if mask is None else Volume(np.asarray(mask[box]) != 0, part.spacing_um)
-    tree, reviews = trace_with_review(_allowed(probability, allowed), **tracing)
-    tree = replace(tree, spacing_um=part.spacing_um)
+    tree, reviews = _traced(_allowed(probability, allowed), part, tracing)
     probability = _allowed(_in_memory(on_grid_of(probability, part)), allowed)
     return Reconstruction(
         part, probability, place(tree, box), placed_reviews(reviews, tree, box), statistics.polarity, box
@@ -136,8 +135,8 @@ def reconstruct_on_disk(
             build_pyramid(store)
         probability = open_volume(store)
         allowed = None if mask is None else Volume(_ones(VoxelsWithin(mask, box)), part.spacing_um)
-        tree, reviews = trace_with_review(_allowed(probability, allowed), **tracing)
-    tree, probability = replace(tree, spacing_um=part.spacing_um), on_grid_of(probability, part)
+        tree, reviews = _traced(_allowed(probability, allowed), part, tracing)
+    probability = on_grid_of(probability, part)
     reviews = placed_reviews(reviews, tree, box)
     return Reconstruction(part, probability, place(tree, box), reviews, statistics.polarity, box)
 
@@ -190,6 +189,16 @@ def inverted(volume: Volume) -> Volume:
 
 def _turned(voxels: np.ndarray, highest) -> np.ndarray:
     return ~voxels if voxels.dtype == bool else highest - voxels
+
+
+def _traced(probability: Volume, part: Volume, tracing: dict) -> tuple[NeuronTree, list[Review]]:
+    """The tree of the probability, whose voxels may be finer than those of the stack that it lies in; noise is as many
+    of the stack's."""
+    if probability.spacing_um != part.spacing_um:
+        finer = math.prod(np.divide(part.spacing_um, probability.spacing_um))
+        tracing = {"min_voxels": MIN_VOXELS * finer, **tracing}
+    tree, reviews = trace_with_review(probability, **tracing)
+    return replace(tree, spacing_um=part.spacing_um), reviews
 
 
 def _in_memory(volume: Volume) -> Volume:

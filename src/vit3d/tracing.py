@@ -14,8 +14,8 @@ from vit3d.morphometry import resample
 from vit3d.tree import SOMA, NeuronTree, follow
 from vit3d.volume import Volume
 
-_DUST_VOXELS = 6  # smaller components are noise
-_SPECKS, _THINNING, _SPECKS_LEFT = 100, 0.5, 0.05  # see `_dust`
+MIN_VOXELS = 6  # smaller components are noise, by default
+_SPECKS, _THINNING, _SPECKS_LEFT = 100, 0.5, 0.05  # see `_salt`
 _GAP_VOXELS = 10  # in-plane voxels bridged by default
 _SOMA_FACTORS = (3.0, 1.8)  # a soma is this much thicker than the median and the 90th percentile of the neurites
 _SOMA_MIN_VOXELS = 4.0
@@ -44,6 +44,7 @@ def trace(
     max_gap_um: float | None = None,
     forest: bool = False,
     step_um: float | None = None,
+    min_voxels: float = MIN_VOXELS,
 ) -> NeuronTree:
     """The tree of the neuron in a probability, a mask or an intensity volume.
 
@@ -58,6 +59,7 @@ def trace(
     max_gap_um: longest gap that is bridged; 10 in-plane voxels by default, 0 for none.
     forest: keep what cannot be joined as trees of their own, instead of dropping it.
     step_um: distance of nodes; branch points and tips stay in place. Default: about a voxel.
+    min_voxels: connected pieces of fewer voxels are noise; more count as such where there is much salt.
 
     Raises ValueError for NaN, for a volume that is all foreground and for a root outside the volume. A volume
     without foreground gives an empty tree and a warning.
@@ -70,6 +72,7 @@ def trace(
         max_gap_um=max_gap_um,
         forest=forest,
         step_um=step_um,
+        min_voxels=min_voxels,
     )[0]
 
 
@@ -82,6 +85,7 @@ def trace_with_review(
     max_gap_um: float | None = None,
     forest: bool = False,
     step_um: float | None = None,
+    min_voxels: float = MIN_VOXELS,
 ) -> tuple[NeuronTree, list[Review]]:
     """As `trace`, with what deserves a look: what was left out, longest first, then joins and weak spots, least
     confident first."""
@@ -95,7 +99,7 @@ def trace_with_review(
     if not len(foreground):
         warnings.warn(f"No voxel lies above the threshold {level.threshold:g}: the tree is empty.", stacklevel=3)
         return NeuronTree.empty(unit, volume.spacing_um), []
-    foreground = _without_dust(foreground)
+    foreground = _without_dust(foreground, min_voxels)
     step = np.array(volume.spacing_um or (1.0, 1.0, 1.0))
     tree = skeletonize(foreground, min_branch_um or 0.0)
     tree = replace(tree, unit=unit, spacing_um=volume.spacing_um)
@@ -124,30 +128,30 @@ def _check(volume, root, *lengths_um) -> None:
         raise ValueError(f"`root` {tuple(root)} lies outside the volume of {extent} {unit} (z, y, x).")
 
 
-def _without_dust(foreground: Foreground) -> Foreground:
+def _without_dust(foreground: Foreground, min_voxels: float) -> Foreground:
     """The foreground without tiny components."""
     component = foreground.components()
     size = np.bincount(component)
-    keep = size >= min(_dust(size), size.max())
+    keep = size >= min(max(_salt(size), min_voxels), size.max())
     return foreground if keep.all() else foreground.select(keep[component])
 
 
-def _dust(size: np.ndarray) -> int:
-    """Components of fewer voxels are noise: 6, or more where there is so much salt that specks clump to larger ones.
+def _salt(size: np.ndarray) -> int:
+    """Where there is so much salt that specks clump: components of fewer voxels are clumps of it; else 0.
 
     Clumps of salt get rarer by a factor with each voxel more. Where small components are many and thin out like
     that, fewer than 0.05 of them are expected to be as large as this.
     """
-    count = np.bincount(np.minimum(size, _DUST_VOXELS), minlength=_DUST_VOXELS + 1)[1:-1]
+    count = np.bincount(np.minimum(size, MIN_VOXELS), minlength=MIN_VOXELS + 1)[1:-1]
     many = count >= 10
     if count.sum() < _SPECKS or not many[:2].all():
-        return _DUST_VOXELS
+        return 0
     last = int(many.argmin()) - 1 if not many.all() else len(many) - 1
     factor = (count[1 : last + 1] / count[:last]).max()
     if factor > _THINNING:
-        return _DUST_VOXELS
+        return 0
     expected = count[last] / (1 - factor)  # of size last + 1 or larger
-    return max(_DUST_VOXELS, last + 1 + math.ceil(math.log(_SPECKS_LEFT / expected) / math.log(factor)))
+    return last + 1 + math.ceil(math.log(_SPECKS_LEFT / expected) / math.log(factor))
 
 
 def _neuron(
