@@ -194,8 +194,8 @@ def _turned(voxels: np.ndarray, highest) -> np.ndarray:
 def _traced(probability: Volume, part: Volume, tracing: dict) -> tuple[NeuronTree, list[Review]]:
     """The tree of the probability, whose voxels may be finer than those of the stack that it lies in.
 
-    Pieces that stay trees of their own are noise up to as many of the stack's voxels. One tree alone loses by that: what
-    can be joined to it is no noise.
+    Pieces that stay trees of their own are noise up to as many of the stack's voxels. One tree alone would lose by
+    that: what can be joined to it is no noise.
     """
     if tracing.get("forest") and probability.spacing_um != part.spacing_um:
         finer = math.prod(np.divide(part.spacing_um, probability.spacing_um))
