@@ -3,7 +3,7 @@ and memory of the whole command.
 
     OMP_NUM_THREADS=1 python scripts/examine_network.py --data ../shared/data/op --card model_cards/network/README.md
 
-Writes the card's generated sections, examination.json and spacing.png beside it. Fifteen minutes on one core.
+Writes the card's generated sections, examination.json and spacing.png beside it. About half an hour on one core.
 """
 
 import argparse

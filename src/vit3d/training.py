@@ -64,7 +64,7 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
     set_seed(config.seed)
     state = folder.newest_state
     model = initial_model(config) if state is None else ViT3DForNeuronSegmentation(ViT3DConfig.from_pretrained(state))
-    if rows:  # of simulated neurons alone, whose spacings vary, it knows what it knew
+    if {row["name"] for row in rows} - set(config.validate):  # else on simulated ones, and it knows what it knew
         model.config.training_spacing_um = training_spacing(rows, config)
     freeze(model, config.frozen)
     processor = ViT3DImageProcessor.from_config(model.config)
