@@ -145,7 +145,7 @@ def perform(run: dict, args, store: Path) -> dict:
         num_workers=0 if args.device == "cpu" else 8,
     )  # fmt: skip
     pairs = find_pairs(args.data)
-    volumes, weights = training_volumes(config, pairs, processor, store)
+    volumes, weights = training_volumes(config, pairs, network, store)
     crops = CropDataset(volumes, weights, processor, args.steps * args.batch_size, run["seed"], network)
     state = store / ("_".join(map(str, run.values())) + ".pt")
     training = Training(model, config, args.device, state)

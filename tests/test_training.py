@@ -32,6 +32,7 @@ from vit3d.metrics import metric_folder
 from vit3d.patches import CropDataset
 from vit3d.reconstruction import reconstruct
 from vit3d.scoring import score_trees
+from vit3d.simulate import random_neuron
 from vit3d.training import Clock, TrainingConfig, TrainingRun, read_gold, save, train
 from vit3d.tree import read_swc, write_swc
 from vit3d.volume import Volume, read_volume, write_volume
@@ -260,6 +261,19 @@ def test_simulated_neurons_alone_are_enough(config, tmp_path):
     assert (tmp_path / "run" / "last" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
+def test_simulated_neurons_are_learned_on_the_voxels_that_reconstruct_shows_the_network(config, tmp_path):
+    asked = replace(config, data="", validate=(), simulated=2, seed=1)  # of 2.35 x 0.52 and of 1.24 x 0.39 um
+    knowing = ViT3DConfig(**SIZES, **WINDOW, training_spacing_um=(1.0, 0.33, 0.33))
+    (coarse, near), _ = training_volumes(asked, [], knowing, tmp_path / "store")
+    (own, _), _ = training_volumes(asked, [], CONFIG, tmp_path / "store")
+    assert np.array_equal(near.voxels, random_neuron(20_001)[0].voxels)
+    assert own.voxels.shape == random_neuron(20_000)[0].shape
+    assert coarse.voxels.shape == (128, 384, 384)  # of 151 x 404 x 404
+    bright = [coarse.voxels[np.roll(coarse.labels == 1, step, axis)].mean() for axis in range(3) for step in (-6, 6)]
+    assert coarse.voxels[coarse.labels == 1].mean() > 1.4 * max(bright)  # labels lie on the neurites
+
+
 # ------------------------------------------------------------ golds
 
 
@@ -286,10 +300,9 @@ def test_a_gold_outside_its_stack_is_refused_and_a_flipped_one_left_out(config, 
     tree = replace(read_swc(folder / "bad.swc"), unit="voxel")
     write_swc(tree.flipped(1, 63), folder / "bad.swc", unit="voxel")
     silent = replace(config, data=str(folder), validate=())
-    processor = ViT3DImageProcessor.from_config(CONFIG)
     rows = [row("good", folder), row("bad", folder)]
     with pytest.warns(UserWarning, match="Left out of training: bad: .*y is flipped"):
-        volumes, weights = training_volumes(silent, rows, processor, tmp_path / "store")
+        volumes, weights = training_volumes(silent, rows, CONFIG, tmp_path / "store")
     assert ([volume.name for volume in volumes], weights) == (["good"], [1 - config.simulated_share])
     write_swc(replace(tree, points=tree.points * 3), folder / "bad.swc", unit="voxel")
     with pytest.raises(ValueError, match=r"^bad: \d+ of \d+ SWC nodes lie outside the stack"):
@@ -333,7 +346,7 @@ def test_a_shift_is_reported_and_not_applied_with_no_align(config, tmp_path):
 
 def store_of(config, store: Path):
     rows, config = chosen_neurons(config)
-    return config, rows, ViT3DImageProcessor.from_config(CONFIG), store
+    return config, rows, CONFIG, store
 
 
 def test_a_misplaced_gold_is_taken_when_asked_for(config, tmp_path):
@@ -614,7 +627,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_good(config,
 
 def test_the_name_of_a_crop_is_that_of_its_volume(config, tmp_path):
     processor = ViT3DImageProcessor.from_config(CONFIG)
-    volumes, shares = training_volumes(replace(config, validate=()), find_pairs(config.data), processor, tmp_path)
+    volumes, shares = training_volumes(replace(config, validate=()), find_pairs(config.data), CONFIG, tmp_path)
     swapped = [replace(volume, voxels=np.zeros_like(volume.voxels)) for volume in volumes[:1]] + volumes[1:]
     two = [CropDataset(part, shares, processor, 12, 3, CONFIG) for part in (volumes, swapped)]
     names = [two[0].name_of(index) for index in range(12)]

@@ -72,7 +72,7 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
 
     with folder.left_as_it_was():
         with accelerator.local_main_process_first():  # the others find the volumes made
-            volumes, weights = training_volumes(config, rows, processor, folder.volumes)
+            volumes, weights = training_volumes(config, rows, model.config, folder.volumes)
         validator = Validator(config, rows, accelerator)
     length = config.max_steps * config.accumulation * config.batch_size * accelerator.num_processes
     crops = CropDataset(volumes, weights, processor, length, config.seed, model.config)

@@ -14,6 +14,7 @@ from ..model.configuration_vit3d import ViT3DConfig
 from ..model.image_processing_vit3d import ViT3DImageProcessor
 from ..model.intensity_vit3d import measure
 from ..patches import CropDataset, TrainingVolume, prepared
+from ..regridding import as_trained
 from ..simulate import random_neuron
 from ..targets import radii_fit, training_labels
 from ..tree import NeuronTree
@@ -22,6 +23,7 @@ from .training_config import TrainingConfig
 
 MIN_RADIUS_VOX = 1.5  # thinner than that a neurite has no inside for a network that paints patches
 _SIMULATED_SEEDS = 10_000  # neurons of one training seed; nobody trains on the seeds below the first of them
+_LARGEST_REFINED = (128, 384, 384)  # voxels (z, y, x) kept of a simulated neuron on finer ones: all would fill a disk
 
 
 def chosen_neurons(config: TrainingConfig) -> tuple[list[dict], TrainingConfig]:
@@ -67,15 +69,17 @@ def training_spacing(rows: list[dict], config: TrainingConfig) -> tuple[float, .
 
 
 def training_volumes(
-    config: TrainingConfig, rows: list[dict], processor: ViT3DImageProcessor, store: Path
+    config: TrainingConfig, rows: list[dict], network: ViT3DConfig, store: Path
 ) -> tuple[list[TrainingVolume], list[float]]:
     """Real and simulated volumes, memory-mapped from `store`, and the weight with which each is drawn.
 
-    One volume at a time is in memory, and what `store` already holds is not made again. A pair whose gold does
-    not lie on its image is left out, with a warning that says why; so are shifts reported. ValueError: a gold
-    outside its image's bounds, or nothing is left to train on.
+    Simulated ones lie on the grid on which `reconstruct` would show them to the network. One volume at a time is in
+    memory, and what `store` already holds is not made again. A pair whose gold does not lie on its image is left out,
+    with a warning that says why; so are shifts reported. ValueError: a gold outside its image's bounds, or nothing is
+    left to train on.
     """
     volumes, left_out = [], []
+    processor = ViT3DImageProcessor.from_config(network)
     for row in tqdm([row for row in rows if row["name"] not in config.validate], desc="read golds", disable=None):
         try:
             volumes.append(prepared(store, _key(row, config), lambda row=row: _made_ready(row, config, processor)))
@@ -88,7 +92,8 @@ def training_volumes(
     weights = [(1 - share) / max(1, len(volumes))] * len(volumes)
     for index in tqdm(range(config.simulated), desc="simulate", disable=None):
         seed = _SIMULATED_SEEDS * (config.seed + 1) + index
-        volumes.append(prepared(store, f"simulated {seed}", lambda seed=seed: _simulated(seed, processor)))
+        key = f"simulated {seed}, seen at {network.training_spacing_um}"
+        volumes.append(prepared(store, key, lambda seed=seed: _simulated(seed, network, processor)))
         weights.append(share / config.simulated)
     if not volumes:
         raise ValueError("Nothing to train on: give --data a folder of pairs, or --simulated a number of neurons.")
@@ -103,9 +108,8 @@ def crop_dataset(data: str | Path, network: ViT3DConfig, length: int, store: str
     """
     asked = TrainingConfig(str(data), "", "", **{"simulated": 0, **options})
     rows, asked = chosen_neurons(asked)
-    processor = ViT3DImageProcessor.from_config(network)
-    volumes, weights = training_volumes(asked, rows, processor, Path(store))
-    return CropDataset(volumes, weights, processor, length, asked.seed, network)
+    volumes, weights = training_volumes(asked, rows, network, Path(store))
+    return CropDataset(volumes, weights, ViT3DImageProcessor.from_config(network), length, asked.seed, network)
 
 
 def warn_of_shifts(shifts: dict[str, tuple[float, ...]]) -> None:
@@ -166,10 +170,18 @@ def _key(row: dict, config: TrainingConfig) -> str:
     return repr((row["name"], facts, config.spacing_um or row.get("spacing_um"), config.align, config.keep_misplaced))
 
 
-def _simulated(seed: int, processor: ViT3DImageProcessor) -> TrainingVolume:
+def _simulated(seed: int, network: ViT3DConfig, processor: ViT3DImageProcessor) -> TrainingVolume:
     volume, tree = random_neuron(seed=seed)
-    labels = training_labels(tree, volume.shape, min_radius_vox=MIN_RADIUS_VOX, ignore_vox=0.0)
-    return TrainingVolume.prepare(f"simulated {seed}", volume.voxels, labels, processor)
+    seen = as_trained(volume, network)
+    tree, voxels = tree.to("voxel", seen.spacing_um), seen.voxels
+    if seen is not volume:
+        size = np.minimum(seen.shape, _LARGEST_REFINED)
+        middle = tree.points[np.random.default_rng([seed, 2]).integers(len(tree))]
+        start = np.clip(np.rint(middle - size / 2), 0, np.subtract(seen.shape, size)).astype(int)
+        voxels = seen.voxels[tuple(map(slice, start, start + size))]
+        tree = tree.shifted(-start)
+    labels = training_labels(tree, voxels.shape, min_radius_vox=MIN_RADIUS_VOX, ignore_vox=0.0)
+    return TrainingVolume.prepare(f"simulated {seed}", voxels, labels, processor)
 
 
 def _made_ready(row: dict, config: TrainingConfig, processor: ViT3DImageProcessor) -> TrainingVolume:
