@@ -4,6 +4,8 @@
         --card model_cards/vit3d-tiny/README.md
 
 Several runs, in order, where one went on from the other's checkpoint; `--append` keeps the rows of earlier ones.
+`--keep SHARE` leaves that share of the weights that lie in `--to`, where the run went on from them: the mean of the two
+holds more of what the run did not train on.
 """
 
 import argparse
@@ -20,14 +22,26 @@ from vit3d.tables import fill_card, markdown_table
 SHOWN = ("strategy", "max_steps", "batch_size", "encoder_rate", "head_rate", "weight_decay", "ema_decay", "seed")
 
 
-def history(run: Path) -> dict:
-    """One row: what the run was told, how far it came, and how long that took."""
+def history(run: Path, kept: float) -> dict:
+    """One row: what the run was told, how far it came, how long that took, and the share of the weights before it."""
     config = json.loads((run / "training.json").read_text())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     row = {"start": Path(config["init"]).name, **{key: config[key] for key in SHOWN}, "simulated": config["simulated"]}
     row |= {"steps done": lines[-1]["step"], "mean of last 20 logged losses": float(np.mean(losses[-20:]))}
-    return row | {"minutes": round(lines[-1]["seconds"] / 60)}
+    return row | {"minutes": round(lines[-1]["seconds"] / 60), "kept of the weights before": kept}
+
+
+def rows_of(table: str) -> list[dict]:
+    """The rows of a Markdown table, as text."""
+    names, _, *rows = ([cell.strip() for cell in line.strip("| ").split("|")] for line in table.strip().splitlines())
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def keep(model: torch.nn.Module, place: Path, share: float) -> None:
+    """Move the weights by `share` of the way back to those of the checkpoint at `place`."""
+    before = ViT3DForNeuronSegmentation.from_pretrained(place, dtype=torch.float32).state_dict()
+    model.load_state_dict({name: torch.lerp(new, before[name], share) for name, new in model.state_dict().items()})
 
 
 def main() -> None:
@@ -36,17 +50,20 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True)
     parser.add_argument("--card", type=Path, required=True)
     parser.add_argument("--append", action="store_true")
+    parser.add_argument("--keep", type=float, default=0.0, metavar="SHARE")
     args = parser.parse_args()
 
-    model = ViT3DForNeuronSegmentation.from_pretrained(args.runs[-1] / "last", dtype=torch.float16)
+    model = ViT3DForNeuronSegmentation.from_pretrained(args.runs[-1] / "last", dtype=torch.float32)
+    if args.keep:
+        keep(model, args.to, args.keep)
+    model = model.half()
     vars(model.config).pop("auto_map", None)  # of the code that a run carries, which lies beside the package's own
     model.save_pretrained(args.to)
     ViT3DImageProcessor.from_config(model.config).save_pretrained(args.to)
-    table = markdown_table([history(run) for run in args.runs])
-    if args.append:
-        before = args.card.read_text().split("<!-- training -->")[1].split("<!-- /training -->")[0]
-        table = "\n".join([before.strip(), *table.splitlines()[2:]])
-    fill_card(args.card, "training", table)
+    before = args.card.read_text().split("<!-- training -->")[1].split("<!-- /training -->")[0] if args.append else ""
+    shares = [0.0] * (len(args.runs) - 1) + [args.keep]
+    rows = [*(rows_of(before) if before else []), *map(history, args.runs, shares)]
+    fill_card(args.card, "training", markdown_table([dict.fromkeys(rows[-1], 0.0) | row for row in rows]))
 
 
 if __name__ == "__main__":
