@@ -171,7 +171,8 @@ def means(rows: list[dict]) -> list[dict]:
             part = [row for row in rows if (row["network"], row["fold"]) == (network, fold)]
             if part:
                 shown = ("steps", "windows", "minutes", "loss before", "loss", *SHOWN, "precision of traced")
-                spread = {key: f"{fmean(r[key] for r in part):.3g}" for key in shown[:3]}
+                digits = dict(zip(shown[:3], (0, 0, 2), strict=True))
+                spread = {key: f"{fmean(row[key] for row in part):.{n}f}" for key, n in digits.items()}
                 spread |= {key: _spread([row[key] for row in part]) for key in shown[3:]}
                 found.append({"left out": fold, "network": network, "runs": len(part), **spread})
     return found
@@ -179,6 +180,10 @@ def means(rows: list[dict]) -> list[dict]:
 
 def _spread(values: list[float]) -> str:
     return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+
+
+def finished(store: Path) -> list[dict]:
+    return [json.loads(line) for line in store.read_text().splitlines()] if store.exists() else []
 
 
 def main() -> None:
@@ -202,14 +207,13 @@ def main() -> None:
     runs = [{"network": n, "fold": f, "seed": s} for s in SEEDS for f in FOLDS for n in args.networks.split(",")]
     with tempfile.TemporaryDirectory() as volumes:
         for run in runs:
-            rows = [json.loads(line) for line in store.read_text().splitlines()] if store.exists() else []
-            if not any((run | budget).items() <= row.items() for row in rows):
+            if not any((run | budget).items() <= row.items() for row in finished(store)):
                 row = perform(run | budget, args, args.scratch or Path(volumes))
                 with store.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(json.dumps(row), flush=True)
-                alike = [row for row in [*rows, row] if budget.items() <= row.items()]
-                fill_card(args.card, "accuracy", markdown_table(means(alike)))
+            alike = [row for row in finished(store) if budget.items() <= row.items()]
+            fill_card(args.card, "accuracy", markdown_table(means(alike)))
 
 
 if __name__ == "__main__":
