@@ -1,7 +1,7 @@
 """Is this network more accurate than the convolutional ones a user would take? Same crops' worth of data, same tracer.
 
     OMP_NUM_THREADS=1 python scripts/compare_networks.py --source ../shared/weights/deit-tiny-patch16-224 \
-        --data ../shared/data/op --card model_cards/network/README.md
+        --data ../shared/data/op --card model_cards/network/README.md --steps 600 --batch-size 4
 
 trains vit3d, DynUNet and BasicUNet on all neurons but one, for two folds and three seeds, with the loss, the optimiser
 and the augmentation of `vit3d train`, and traces what they see of the neuron left out. Needs the extra `bench`. Every
@@ -26,6 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import get_cosine_schedule_with_warmup
 
 from benchmark_network import PEERS, SPACING_UM
+from transfer_experiment import finished
 from vit3d.annotations.gold import align_gold, without_untraced
 from vit3d.bigneuron import find_pairs
 from vit3d.checkpoint import preferred_dtype
@@ -137,6 +138,7 @@ def probability_of(model, volume: Volume, processor: ViT3DImageProcessor, device
 def perform(run: dict, args, store: Path) -> dict:
     torch.manual_seed(run["seed"])
     model, network = network_of(run["network"], args.source)
+    network.training_spacing_um = SPACING_UM
     processor = ViT3DImageProcessor.from_config(network)
     config = TrainingConfig(
         data=str(args.data), init="", out="", validate=(run["fold"],), spacing_um=SPACING_UM,
@@ -180,10 +182,6 @@ def means(rows: list[dict]) -> list[dict]:
 
 def _spread(values: list[float]) -> str:
     return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
-
-
-def finished(store: Path) -> list[dict]:
-    return [json.loads(line) for line in store.read_text().splitlines()] if store.exists() else []
 
 
 def main() -> None:

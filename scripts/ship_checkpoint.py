@@ -20,6 +20,7 @@ from vit3d.model.image_processing_vit3d import ViT3DImageProcessor
 from vit3d.tables import fill_card, markdown_table
 
 SHOWN = ("strategy", "max_steps", "batch_size", "encoder_rate", "head_rate", "weight_decay", "ema_decay", "seed")
+KEPT = "kept of the weights before"
 
 
 def history(run: Path, kept: float) -> dict:
@@ -29,7 +30,7 @@ def history(run: Path, kept: float) -> dict:
     losses = [line["loss"] for line in lines if "loss" in line]
     row = {"start": Path(config["init"]).name, **{key: config[key] for key in SHOWN}, "simulated": config["simulated"]}
     row |= {"steps done": lines[-1]["step"], "mean of last 20 logged losses": float(np.mean(losses[-20:]))}
-    return row | {"minutes": round(lines[-1]["seconds"] / 60), "kept of the weights before": kept}
+    return row | {"minutes": round(lines[-1]["seconds"] / 60), KEPT: kept}
 
 
 def rows_of(table: str) -> list[dict]:
@@ -53,6 +54,16 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.0, metavar="SHARE")
     args = parser.parse_args()
 
+    before = args.card.read_text().split("<!-- training -->")[1].split("<!-- /training -->")[0].strip()
+    shares = [0.0] * (len(args.runs) - 1) + [args.keep]
+    rows = list(map(history, args.runs, shares))
+    known = rows_of(before) if args.append and before else []
+    shipped = rows_of(markdown_table(rows))[-1]
+    if shipped in known:
+        raise SystemExit(f"{args.card} says that this run was shipped; again, it would keep {args.keep} of itself.")
+    first_ones = {KEPT: 0.0}  # of the rows written before there was such a column
+    table = markdown_table([dict.fromkeys(shipped, "-") | first_ones | row for row in [*known, *rows]])
+
     model = ViT3DForNeuronSegmentation.from_pretrained(args.runs[-1] / "last", dtype=torch.float32)
     if args.keep:
         keep(model, args.to, args.keep)
@@ -60,10 +71,7 @@ def main() -> None:
     vars(model.config).pop("auto_map", None)  # of the code that a run carries, which lies beside the package's own
     model.save_pretrained(args.to)
     ViT3DImageProcessor.from_config(model.config).save_pretrained(args.to)
-    before = args.card.read_text().split("<!-- training -->")[1].split("<!-- /training -->")[0] if args.append else ""
-    shares = [0.0] * (len(args.runs) - 1) + [args.keep]
-    rows = [*(rows_of(before) if before else []), *map(history, args.runs, shares)]
-    fill_card(args.card, "training", markdown_table([dict.fromkeys(rows[-1], 0.0) | row for row in rows]))
+    fill_card(args.card, "training", table)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ was stopped. On a GPU machine: `--source facebook/dino-vitb16 --steps 3000 --bat
 draws what is there and trains nothing. What is left of the network without its encoder is a part of its own:
 
     python scripts/transfer_experiment.py --part encoders --source ../shared/weights/deit-tiny-patch16-224 \
-        --data ../shared/data/op --card model_cards/network/README.md
+        --data ../shared/data/op --card model_cards/network/README.md --steps 800
 
 keeps its runs in `encoders.jsonl` beside that card.
 """
@@ -241,7 +241,8 @@ def report_encoders(rows: list[dict], card: Path) -> None:
             "steps": row["run"]["steps"],
             "budget": f"{row['run']['steps']} steps of {row['run']['batch_size']} crops",
         }
-    fill_card(card, "encoders", markdown_table(table(rows, ("steps", "held_out", "strategy"), ("dice", "f1", "loss"))))
+    shown = ("dice", "f1", "simulated_f1", "loss")
+    fill_card(card, "encoders", markdown_table(table(rows, ("steps", "held_out", "strategy"), shown)))
     for _, budget in sorted({(row["steps"], row["budget"]) for row in rows}, reverse=True):
         by_run = {(row["seed"], row["held_out"], row["strategy"]): row["f1"] for row in rows if row["budget"] == budget}
         paired = [run for *run, strategy in by_run if strategy == "center" and (*run, "no layers") in by_run]

@@ -36,9 +36,12 @@ class TrainingVolume:
     folder: Path | None = None  # where its arrays are memory-mapped from
 
     @classmethod
-    def prepare(cls, name: str, voxels: np.ndarray, labels: np.ndarray, processor: ViT3DImageProcessor):
-        """Measure the volume once and remember where crops may be centred: where a label is known."""
-        statistics = processor.measure(voxels)
+    def prepare(cls, name: str, voxels: np.ndarray, labels: np.ndarray, processor, statistics=None):
+        """Measure the volume once and remember where crops may be centred: where a label is known.
+
+        `statistics` are those of the whole, where `voxels` are a part of it.
+        """
+        statistics = statistics or processor.measure(voxels)
         mask = processor.foreground(voxels, statistics)
         neurite = np.flatnonzero(labels == 1).astype(np.int64)
         if not len(neurite):

@@ -27,7 +27,7 @@ from .learning.launching import num_workers, start_accelerator
 from .learning.optimization import freeze, optimizer_and_schedule, parameter_groups
 from .learning.run_folder import Log, RunFolder, copy_checkpoint, save
 from .learning.training_config import TrainingConfig
-from .learning.training_data import chosen_neurons, neuron_facts, read_gold, training_spacing, training_volumes
+from .learning.training_data import chosen_neurons, neuron_facts, read_gold, tell_spacing, training_volumes
 from .model.auto_vit3d import register
 from .model.configuration_vit3d import ViT3DConfig
 from .model.image_processing_vit3d import ViT3DImageProcessor
@@ -64,8 +64,7 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
     set_seed(config.seed)
     state = folder.newest_state
     model = initial_model(config) if state is None else ViT3DForNeuronSegmentation(ViT3DConfig.from_pretrained(state))
-    if {row["name"] for row in rows} - set(config.validate):  # else on simulated ones, and it knows what it knew
-        model.config.training_spacing_um = training_spacing(rows, config)
+    tell_spacing(model.config, rows, config)
     freeze(model, config.frozen)
     processor = ViT3DImageProcessor.from_config(model.config)
     from .learning.validation import Validator  # it is composed of the other verbs

@@ -1,6 +1,7 @@
 """What a network is trained on: pairs of stack and gold, made ready, and simulated neurons beside them."""
 
 import warnings
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -68,6 +69,12 @@ def training_spacing(rows: list[dict], config: TrainingConfig) -> tuple[float, .
     return tuple(np.median(stated, axis=0).tolist()) if stated else None
 
 
+def tell_spacing(network: ViT3DConfig, rows: list[dict], config: TrainingConfig) -> None:
+    """A network that is trained on real stacks knows their spacing; on simulated ones alone, what it knew."""
+    if {row["name"] for row in rows} - set(config.validate):
+        network.training_spacing_um = training_spacing(rows, config)
+
+
 def training_volumes(
     config: TrainingConfig, rows: list[dict], network: ViT3DConfig, store: Path
 ) -> tuple[list[TrainingVolume], list[float]]:
@@ -108,6 +115,8 @@ def crop_dataset(data: str | Path, network: ViT3DConfig, length: int, store: str
     """
     asked = TrainingConfig(str(data), "", "", **{"simulated": 0, **options})
     rows, asked = chosen_neurons(asked)
+    network = copy(network)
+    tell_spacing(network, rows, asked)
     volumes, weights = training_volumes(asked, rows, network, Path(store))
     return CropDataset(volumes, weights, ViT3DImageProcessor.from_config(network), length, asked.seed, network)
 
@@ -173,15 +182,26 @@ def _key(row: dict, config: TrainingConfig) -> str:
 def _simulated(seed: int, network: ViT3DConfig, processor: ViT3DImageProcessor) -> TrainingVolume:
     volume, tree = random_neuron(seed=seed)
     seen = as_trained(volume, network)
-    tree, voxels = tree.to("voxel", seen.spacing_um), seen.voxels
+    box = tuple(slice(0, size) for size in seen.shape)
+    tree = tree.to("voxel", seen.spacing_um)
     if seen is not volume:
-        size = np.minimum(seen.shape, _LARGEST_REFINED)
-        middle = tree.points[np.random.default_rng([seed, 2]).integers(len(tree))]
-        start = np.clip(np.rint(middle - size / 2), 0, np.subtract(seen.shape, size)).astype(int)
-        voxels = seen.voxels[tuple(map(slice, start, start + size))]
-        tree = tree.shifted(-start)
+        box = _box_around(tree.points[np.random.default_rng([seed, 2]).integers(len(tree))], seen.shape)
+    return _part(f"simulated {seed}", seen, tree, box, processor)
+
+
+def _box_around(point: np.ndarray, shape: tuple[int, int, int]) -> tuple[slice, slice, slice]:
+    """A box of `_LARGEST_REFINED` voxels, or of as many as there are, with the point as near its middle as may be."""
+    size = np.minimum(shape, _LARGEST_REFINED)
+    start = np.clip(np.rint(point - size / 2), 0, np.subtract(shape, size)).astype(int)
+    return tuple(map(slice, start, start + size))
+
+
+def _part(name: str, volume: Volume, tree: NeuronTree, box, processor: ViT3DImageProcessor) -> TrainingVolume:
+    """A box of a volume with the tree, in its voxels, painted into it; grey levels are the whole volume's."""
+    voxels, statistics = np.asarray(volume.voxels[box]), processor.measure(volume.voxels)
+    tree = tree.shifted([-part.start for part in box])
     labels = training_labels(tree, voxels.shape, min_radius_vox=MIN_RADIUS_VOX, ignore_vox=0.0)
-    return TrainingVolume.prepare(f"simulated {seed}", voxels, labels, processor)
+    return TrainingVolume.prepare(name, voxels, labels, processor, statistics)
 
 
 def _made_ready(row: dict, config: TrainingConfig, processor: ViT3DImageProcessor) -> TrainingVolume:
