@@ -124,15 +124,19 @@ class Training:
 
 @torch.inference_mode()
 def probability_of(model, volume: Volume, processor: ViT3DImageProcessor, device: str) -> Volume:
+    """Of a peer too only where something stands out of the background: in windows where nothing does, which training
+    never cuts and instance norm blows up, DynUNet marks a part, and its largest tree may lie there."""
     if isinstance(model, ViT3DForNeuronSegmentation):
         return segment(model, volume, processor=processor)
-    pixel_values = torch.from_numpy(processor.pixel_values(volume.voxels, processor.measure(volume.voxels)))
+    statistics = processor.measure(volume.voxels)
+    pixel_values = torch.from_numpy(processor.pixel_values(volume.voxels, statistics))
     predict: Callable = lambda window: model(window).sigmoid()  # noqa: E731
     placed = {"sw_device": device, "device": "cpu"}  # windows where the network is, the stack beside it
     found = sliding_window_inference(
         pixel_values[None, None], PEER_WINDOW, 4, predict, overlap=0.25, mode="gaussian", **placed
     )
-    return Volume(found[0, 0].float().cpu().numpy(), volume.spacing_um)
+    standing_out = processor.foreground(volume.voxels, statistics)
+    return Volume(found[0, 0].float().cpu().numpy() * standing_out, volume.spacing_um)
 
 
 def perform(run: dict, args, store: Path) -> dict:
