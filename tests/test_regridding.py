@@ -205,9 +205,10 @@ def test_a_slab_reads_no_more_than_it_needs():
     reads = []
     finer = regridded(Volume(Counted((400, 3000, 3000), np.uint8, (64, 64, 64)), (3, 1, 1)), (1, 0.5, 0.5))
     assert finer.voxels.chunks == (192, 128, 128)
-    assert finer.voxels[0:600, 1000:3000, 1000:3000].shape == (600, 2000, 2000)
+    assert finer.voxels[0:135, 1000:3000, 1000:3000].shape == (135, 2000, 2000)
+    assert len(reads) > 2
     assert max(np.prod(read) for read in reads) <= 2**24
-    assert sum(read[0] for read in reads) < 1.2 * 200  # slabs share a plane or two
+    assert sum(read[0] for read in reads) < 1.25 * 45  # slabs share a plane or two
     reads.clear()
     back = on_grid_of(finer, Volume(np.zeros((400, 3000, 3000), bool), (3, 1, 1)))
     assert back.voxels[0:64, 0:64, 0:64].shape == (64, 64, 64)
