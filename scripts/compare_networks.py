@@ -32,7 +32,7 @@ from vit3d.bigneuron import find_pairs
 from vit3d.checkpoint import preferred_dtype
 from vit3d.learning.optimization import parameter_groups
 from vit3d.learning.training_config import TrainingConfig
-from vit3d.learning.training_data import training_volumes
+from vit3d.learning.training_data import tell_spacing, training_volumes
 from vit3d.model.configuration_vit3d import ViT3DConfig
 from vit3d.model.image_processing_vit3d import ViT3DImageProcessor
 from vit3d.model.modeling_vit3d import ViT3DForNeuronSegmentation, segmentation_loss
@@ -142,7 +142,6 @@ def probability_of(model, volume: Volume, processor: ViT3DImageProcessor, device
 def perform(run: dict, args, store: Path) -> dict:
     torch.manual_seed(run["seed"])
     model, network = network_of(run["network"], args.source)
-    network.training_spacing_um = SPACING_UM
     processor = ViT3DImageProcessor.from_config(network)
     config = TrainingConfig(
         data=str(args.data), init="", out="", validate=(run["fold"],), spacing_um=SPACING_UM,
@@ -151,6 +150,7 @@ def perform(run: dict, args, store: Path) -> dict:
         num_workers=0 if args.device == "cpu" else 8,
     )  # fmt: skip
     pairs = find_pairs(args.data)
+    tell_spacing(network, pairs, config)
     volumes, weights = training_volumes(config, pairs, network, store)
     crops = CropDataset(volumes, weights, processor, args.steps * args.batch_size, run["seed"], network)
     state = store / ("_".join(map(str, run.values())) + ".pt")

@@ -6,6 +6,9 @@ Every neuron goes through `reconstruct` as a user would run it. Golds are aligne
 raw F1 is given beside it. A simulated stack of several unconnected neurites is traced as a forest. Stacks of kinds that
 no training makes (`unlike_stacks.py`) tell how often it fails elsewhere, beside tracing them without a network. About
 four minutes on one CPU core.
+
+`--candidates FOLDER ...` scores checkpoints that might ship instead, and writes nothing but the card's table of them:
+one line of `candidates.jsonl` beside it for each, called as its folder is.
 """
 
 import argparse
@@ -116,6 +119,24 @@ def write(found: dict[str, list[dict]], card: Path, readme: Path, data: Path) ->
     fill_card(readme, "number", words)
 
 
+def candidate_row(name: str, found: dict[str, list[dict]]) -> dict:
+    """Mean F1 of each sort of stacks, and how many of the unlike ones, `plain` left out, failed."""
+    row = {"weights": name, **{sort: float(np.mean([r["f1"] for r in found[sort]])) for sort in ("real", "simulated")}}
+    row |= {pair["neuron"]: pair["f1"] for pair in found["real"] if pair["role"] == "selected on"}
+    row |= {kind: float(np.mean([r["f1"] for r in found["unlike"] if r["kind"] == kind])) for kind in KINDS}
+    return row | {"failed": sum(r["f1"] < FAILED for r in found["unlike"] if r["kind"] != "plain")}
+
+
+def compare(folders: list[Path], args) -> None:
+    store = args.card.with_name("candidates.jsonl")
+    for folder in folders:
+        row = candidate_row(folder.name, scores(str(folder), args.data, args.selected_on))
+        with store.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        rows = [json.loads(line) for line in store.read_text().splitlines()]
+        fill_card(args.card, "candidates", markdown_table(sorted(rows, key=lambda row: row["weights"])))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit3d-tiny")
@@ -123,8 +144,11 @@ def main() -> None:
     parser.add_argument("--selected-on", default="OP_6")
     parser.add_argument("--card", type=Path, required=True)
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--candidates", type=Path, nargs="+", default=[], metavar="FOLDER")
     args = parser.parse_args()
 
+    if args.candidates:
+        return compare(args.candidates, args)
     write(scores(args.model, args.data, args.selected_on), args.card, args.readme, args.data)
     model, processor = load_checkpoint(args.model)
     volume, _ = simulate_neuron(seed=1)

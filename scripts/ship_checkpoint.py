@@ -59,8 +59,8 @@ def main() -> None:
     rows = list(map(history, args.runs, shares))
     known = rows_of(before) if args.append and before else []
     shipped = rows_of(markdown_table(rows))[-1]
-    if shipped in known:
-        raise SystemExit(f"{args.card} says that this run was shipped; again, it would keep {args.keep} of itself.")
+    if any(row | {KEPT: ""} == shipped | {KEPT: ""} for row in known):
+        parser.error(f"{args.card} says that this run was shipped; again, it would be mixed with itself.")
     first_ones = {KEPT: 0.0}  # of the rows written before there was such a column
     table = markdown_table([dict.fromkeys(shipped, "-") | first_ones | row for row in [*known, *rows]])
 

@@ -24,7 +24,7 @@ from .training_config import TrainingConfig
 
 MIN_RADIUS_VOX = 1.5  # thinner than that a neurite has no inside for a network that paints patches
 _SIMULATED_SEEDS = 10_000  # neurons of one training seed; nobody trains on the seeds below the first of them
-_LARGEST_REFINED = (128, 384, 384)  # voxels (z, y, x) kept of a simulated neuron on finer ones: all would fill a disk
+_LARGEST_SIMULATED = (128, 384, 384)  # voxels (z, y, x) kept of a simulated neuron: on finer ones all would fill a disk
 
 
 def chosen_neurons(config: TrainingConfig) -> tuple[list[dict], TrainingConfig]:
@@ -182,16 +182,14 @@ def _key(row: dict, config: TrainingConfig) -> str:
 def _simulated(seed: int, network: ViT3DConfig, processor: ViT3DImageProcessor) -> TrainingVolume:
     volume, tree = random_neuron(seed=seed)
     seen = as_trained(volume, network)
-    box = tuple(slice(0, size) for size in seen.shape)
     tree = tree.to("voxel", seen.spacing_um)
-    if seen is not volume:
-        box = _box_around(tree.points[np.random.default_rng([seed, 2]).integers(len(tree))], seen.shape)
-    return _part(f"simulated {seed}", seen, tree, box, processor)
+    point = tree.points[np.random.default_rng([seed, 2]).integers(len(tree))]
+    return _part(f"simulated {seed}", seen, tree, _box_around(point, seen.shape), processor)
 
 
 def _box_around(point: np.ndarray, shape: tuple[int, int, int]) -> tuple[slice, slice, slice]:
-    """A box of `_LARGEST_REFINED` voxels, or of as many as there are, with the point as near its middle as may be."""
-    size = np.minimum(shape, _LARGEST_REFINED)
+    """A box of `_LARGEST_SIMULATED` voxels, or of as many as there are, with the point as near its middle as may be."""
+    size = np.minimum(shape, _LARGEST_SIMULATED)
     start = np.clip(np.rint(point - size / 2), 0, np.subtract(shape, size)).astype(int)
     return tuple(map(slice, start, start + size))
 
