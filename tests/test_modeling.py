@@ -471,10 +471,20 @@ def test_a_config_that_cannot_be_is_refused_in_one_sentence(fields, sentence):
 
 def test_the_loss_has_the_value_that_one_computes_by_hand():
     logits, labels = torch.zeros(1, 1, 1, 2, 4), torch.tensor([[[[1, 1, 0, 0], [0, 0, -100, -100]]]])
-    # all probabilities 1/2 over six known voxels, two of them neurite: Dice = (2 * 1 + 1) / (3 + 2 + 1)
-    assert segmentation_loss(logits, labels).item() == pytest.approx(math.log(2) + 1 - 3 / 6)
+    # all probabilities 1/2 over six known voxels, two of them neurite: 1 found, 1 missed, 2 made up
+    tversky = (1 + 0.5) / (1 + 0.8 * 1 + 0.2 * 2 + 0.5)
+    assert segmentation_loss(logits, labels).item() == pytest.approx((2 * 6 + 4) / 6 * math.log(2) + 1 - tversky)
     certain = torch.where(labels == 1, 20.0, -20.0).unsqueeze(1)
     assert segmentation_loss(certain, labels).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_neurite_voxel_that_is_missed_costs_more_than_one_that_is_made_up():
+    labels = torch.zeros(1, 2, 8, 8, dtype=torch.long)
+    labels[..., 4:] = 1
+    right = torch.where(labels == 1, 6.0, -6.0).unsqueeze(1)
+    missed, made_up = right.clone(), right.clone()
+    missed[..., 4], made_up[..., 3] = -6.0, 6.0
+    assert segmentation_loss(missed, labels) > 2 * segmentation_loss(made_up, labels)
 
 
 def test_ignored_voxels_teach_nothing(prediction):
