@@ -16,6 +16,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 
@@ -35,7 +36,7 @@ from vit3d.learning.training_config import TrainingConfig
 from vit3d.learning.training_data import tell_spacing, training_volumes
 from vit3d.model.configuration_vit3d import ViT3DConfig
 from vit3d.model.image_processing_vit3d import ViT3DImageProcessor
-from vit3d.model.modeling_vit3d import ViT3DForNeuronSegmentation, segmentation_loss
+from vit3d.model.modeling_vit3d import MISSED_SHARE, ViT3DForNeuronSegmentation, segmentation_loss
 from vit3d.patches import CropDataset
 from vit3d.scoring import score_trees
 from vit3d.segmentation import segment
@@ -170,17 +171,16 @@ def perform(run: dict, args, store: Path) -> dict:
 
 
 def means(rows: list[dict]) -> list[dict]:
-    """Mean and standard deviation per network and fold."""
+    """Mean and standard deviation per network, loss and fold."""
     found = []
-    for fold in FOLDS:
-        for network in NETWORKS:
-            part = [row for row in rows if (row["network"], row["fold"]) == (network, fold)]
-            if part:
-                shown = ("steps", "windows", "minutes", "loss before", "loss", *SHOWN, "precision of traced")
-                digits = dict(zip(shown[:3], (0, 0, 2), strict=True))
-                spread = {key: f"{fmean(row[key] for row in part):.{n}f}" for key, n in digits.items()}
-                spread |= {key: _spread([row[key] for row in part]) for key in shown[3:]}
-                found.append({"left out": fold, "network": network, "runs": len(part), **spread})
+    for fold, network, share in product(FOLDS, NETWORKS, sorted({row["missed_share"] for row in rows})):
+        part = [r for r in rows if (r["fold"], r["network"], r["missed_share"]) == (fold, network, share)]
+        if part:
+            shown = ("steps", "windows", "minutes", "loss before", "loss", *SHOWN, "precision of traced")
+            digits = dict(zip(shown[:3], (0, 0, 2), strict=True))
+            spread = {key: f"{fmean(row[key] for row in part):.{n}f}" for key, n in digits.items()}
+            spread |= {key: _spread([row[key] for row in part]) for key in shown[3:]}
+            found.append({"left out": fold, "network": network, "missed": share, "runs": len(part), **spread})
     return found
 
 
@@ -206,11 +206,12 @@ def main() -> None:
     store = args.card.with_name("accuracy.jsonl")
     budget = {key: getattr(args, key) for key in ("steps", "batch_size", "encoder_rate", "simulated")}
     budget["source"] = Path(args.source).name
+    loss = {"missed_share": MISSED_SHARE}  # rows of another loss stay in the table
     runs = [{"network": n, "fold": f, "seed": s} for s in SEEDS for f in FOLDS for n in args.networks.split(",")]
     with tempfile.TemporaryDirectory() as volumes:
         for run in runs:
-            if not any((run | budget).items() <= row.items() for row in finished(store)):
-                row = perform(run | budget, args, args.scratch or Path(volumes))
+            if not any((run | budget | loss).items() <= row.items() for row in finished(store)):
+                row = perform(run | budget | loss, args, args.scratch or Path(volumes))
                 with store.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(json.dumps(row), flush=True)
