@@ -149,32 +149,35 @@ def foreground(voxels, statistics: IntensityStatistics) -> np.ndarray:
     ground = _ground(_cell_means(voxels), sign, statistics.ceiling)
     extremes = _cell_extremes(voxels, np.minimum if sign < 0 else np.maximum)
     rise = (extremes - ground) * sign + 1e-6 * np.abs(extremes).max()  # what rounding in the blur may add
-    clear = _above(voxels, ground, rise > statistics.threshold, sign, statistics.threshold)
+    clear = np.zeros(shape, dtype=bool)
+    for box, raised in _rises(voxels, ground, rise > statistics.threshold, sign):
+        clear[box] = raised > statistics.threshold
     beside, faint = _beside(clear), BESIDE_FACTOR * statistics.noise
-    cells = occupied_patches(np.pad(beside, [(0, -n % c) for n, c in zip(shape, _CELL, strict=True)]), _CELL)
-    clear |= beside & _above(voxels, ground, cells & (rise > faint), sign, faint)
+    cells = occupied_patches(beside, tuple(c // b for c, b in zip(_CELL, _BESIDE, strict=True)))
+    for box, raised in _rises(voxels, ground, cells & (rise > faint), sign):
+        blocks = tuple(slice(b.start // size, -(-b.stop // size)) for b, size in zip(box, _BESIDE, strict=True))
+        clear[box] |= _repeated(beside[blocks], _BESIDE, raised.shape) & (raised > faint)
     return clear
 
 
-def _above(voxels, ground: np.ndarray, cells: np.ndarray, sign: float, threshold: float) -> np.ndarray:
-    """Blurred voxels, in boxes around the True `cells`, that exceed their cell's ground by a threshold."""
-    mask = np.zeros(np.shape(voxels), dtype=bool)
-    for box, inside in _boxes_around(cells, mask.shape):
+def _rises(voxels, ground: np.ndarray, cells: np.ndarray, sign: float):
+    """(box, its blurred voxels' rise above their cells' ground), for boxes around the True `cells`."""
+    for box, inside in _boxes_around(cells, np.shape(voxels)):
         raised = _blurred(voxels, box)
         for z, level in zip(range(0, len(raised), _CELL[0]), ground[inside], strict=True):
-            raised[z : z + _CELL[0]] -= _spread_out(level, raised.shape)
-        mask[box] = raised > threshold if sign > 0 else raised < -threshold
-    return mask
+            raised[z : z + _CELL[0]] -= _repeated(level, _CELL[1:], raised.shape[1:])
+        yield box, raised if sign > 0 else np.negative(raised, out=raised)
 
 
 def _beside(mask: np.ndarray) -> np.ndarray:
-    """The blocks of `_BESIDE` voxels that hold a True voxel or touch one that does, by a face, edge or corner."""
-    blocks = occupied_patches(np.pad(mask, [(0, -n % b) for n, b in zip(mask.shape, _BESIDE, strict=True)]), _BESIDE)
-    for axis, (size, block) in enumerate(zip(mask.shape, _BESIDE, strict=True)):
+    """Which blocks of `_BESIDE` voxels hold a True voxel or touch one that does, by a face, edge or corner; as many
+    blocks as whole cells have."""
+    blocks = occupied_patches(mask, _BESIDE)
+    whole = [-(-size // cell) * (cell // block) for size, cell, block in zip(mask.shape, _CELL, _BESIDE, strict=True)]
+    blocks = np.pad(blocks, [(0, many - count) for many, count in zip(whole, blocks.shape, strict=True)])
+    for axis, count in enumerate(blocks.shape):
         padded = np.pad(blocks, [(1, 1) if a == axis else (0, 0) for a in range(3)])
-        count = blocks.shape[axis]
         blocks = np.logical_or.reduce([_along(padded, axis, shift, shift + count) for shift in range(3)])
-        blocks = _along(np.repeat(blocks, block, axis=axis), axis, 0, size)
     return blocks
 
 
@@ -202,10 +205,15 @@ def local_background(voxels, sign: float, ceiling: float | None = None) -> np.nd
 
 
 def occupied_patches(mask: np.ndarray, patch_size: tuple[int, int, int]) -> np.ndarray:
-    """(depth, height, width) -> (grid_depth, grid_height, grid_width): which patches hold any True voxel."""
-    grid = [size // patch for size, patch in zip(mask.shape, patch_size, strict=True)]
+    """(depth, height, width) -> (grid_depth, grid_height, grid_width): which patches hold any True voxel.
+
+    The last patch along an axis may be cut short.
+    """
     for axis, patch in enumerate(patch_size):  # first axes first: many voxels at a time
-        cut = (*grid[: axis + 1], patch, *mask.shape[axis + 1 :])
+        lacking = -mask.shape[axis] % patch
+        if lacking:
+            mask = np.pad(mask, [(0, lacking if a == axis else 0) for a in range(3)])
+        cut = (*mask.shape[:axis], -1, patch, *mask.shape[axis + 1 :])
         mask = np.logical_or.reduce(mask.reshape(cut), axis=axis + 1)
     return mask
 
@@ -291,14 +299,16 @@ def _without(blurred: list[np.ndarray], grounds: list[np.ndarray], thin: int) ->
     parts = []
     for part, ground in zip(blurred, grounds, strict=True):
         for z, level in zip(range(0, len(part), _CELL[0]), ground, strict=True):
-            raised = (part[z : z + _CELL[0]] - _spread_out(level, part.shape)).reshape(-1)
+            raised = (part[z : z + _CELL[0]] - _repeated(level, _CELL[1:], part.shape[1:])).reshape(-1)
             parts.append(raised[-z * part[0].size % thin :: thin].copy())
     return np.concatenate(parts)
 
 
-def _spread_out(cells: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """The numbers of one layer of cells, one per voxel of a plane, cut to those of `shape`."""
-    return np.repeat(np.repeat(cells, _CELL[1], axis=0), _CELL[2], axis=1)[: shape[1], : shape[2]]
+def _repeated(array: np.ndarray, counts: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """Each number so many times along each axis, cut to a shape: one per voxel instead of one per cell."""
+    for axis, (count, size) in enumerate(zip(counts, shape, strict=True)):
+        array = _along(np.repeat(array, count, axis=axis), axis, 0, size)
+    return array
 
 
 def _grey_level(slabs: list[np.ndarray], sample: np.ndarray, background: float, spread: float) -> float:
