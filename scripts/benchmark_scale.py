@@ -34,6 +34,7 @@ from vit3d.blockwise.memory_budget import peak_bytes
 from vit3d.blockwise.out_of_core import RunOptions, segment_store
 from vit3d.checkpoint import load_checkpoint
 from vit3d.model.configuration_vit3d import ViT3DConfig
+from vit3d.model.image_processing_vit3d import ViT3DImageProcessor
 from vit3d.model.modeling_vit3d import BACKGROUND_LOGIT, from_patches, to_patches
 from vit3d.simulate import simulate_neuron
 from vit3d.tables import fill_card, markdown_table
@@ -42,7 +43,7 @@ from vit3d.volume import open_volume
 SHAPE, QUARTER, TILE = (1024, 2048, 2048), (455, 1536, 1536), (128, 512, 512)
 CHUNK, NEURONS_PER_TILE = (64, 128, 128), 0.2
 BUDGET_BYTES = int(1.5 * 2**30)
-REPEATS = 3  # of the overhead
+REPEATS, WAIT_S = 3, 0.020  # of the overhead; what a window may take on a GPU
 KILLS, CRASH_SHAPE, CRASH_BOX = 25, (128, 128, 192), (64, 64, 64)
 BRAIN_VOXELS, BRAIN_SHAPE, GPUS = 3.09e12, (14192, 20480, 10640), 8
 GPU_FLOPS, CORES_PER_GPU, DOLLARS_PER_GPU_HOUR = 30e12, 8, 1.0  # assumed: bf16 reached, node, price
@@ -50,24 +51,26 @@ ANCHOR = 27e6  # voxels per second and A10G, published, another network
 
 
 class Stub(nn.Module):
-    """Brightness is probability; `sleep_s` per batch; remembers the processor time it took itself."""
+    """Brightness is probability; sleeps `sleep_s` per batch, `window_s` per window; remembers what it took itself."""
 
     device = torch.device("cpu")
     dtype = torch.float32
 
-    def __init__(self, sleep_s: float = 0.0, **sizes):
+    def __init__(self, sleep_s: float = 0.0, window_s: float = 0.0, **sizes):
         super().__init__()
-        self.config, self.sleep_s, self.cpu_s = ViT3DConfig(**sizes), sleep_s, 0.0
+        self.config, self.sleep_s, self.window_s = ViT3DConfig(**sizes), sleep_s, window_s
+        self.cpu_s = self.wall_s = 0.0
 
     def forward(self, pixel_values, token_mask=None):
-        start = time.thread_time()
-        time.sleep(self.sleep_s)
+        start, cpu = time.perf_counter(), time.thread_time()
+        time.sleep(self.sleep_s + self.window_s * len(pixel_values))
         logits = 2 * pixel_values
         if token_mask is not None:
             patches = to_patches(logits, self.config.patch_size)
             patches[~token_mask.flatten(1)] = BACKGROUND_LOGIT
             logits = from_patches(patches, self.config.grid_size, self.config.patch_size)
-        self.cpu_s += time.thread_time() - start
+        self.cpu_s += time.thread_time() - cpu
+        self.wall_s += time.perf_counter() - start
         return SimpleNamespace(logits=logits)
 
 
@@ -118,15 +121,17 @@ def small_volume(path: Path, shape: tuple[int, int, int]) -> None:
 # ---------------------------------------------------------------- one process
 
 
-def work(source: Path, out: Path, network: dict, options: RunOptions, select: bool = True, report=None) -> None:
-    """A rank; what it took goes into the queue `report`."""
+def work(source: Path, out: Path, network: dict, options: RunOptions, select=True, measured=False, report=None) -> None:
+    """A rank; what it took goes into the queue `report`. `measured`: with the volume's grey levels known before."""
     torch.set_num_threads(1)
     model, volume = Stub(**network), open_volume(source, spacing_um=(1.0, 0.33, 0.33))
+    statistics = ViT3DImageProcessor.from_config(model.config).measure(volume.voxels) if measured else None
     start, cpu = time.perf_counter(), time.process_time()
-    outcome = segment_store(model, volume, out, select=select, options=options)
+    outcome = segment_store(model, volume, out, select=select, statistics=statistics, options=options)
     if report is not None:
         box = BlockStore(out).layout.box
-        took = {"wall_s": time.perf_counter() - start, "cpu_s": time.process_time() - cpu, "model_s": model.cpu_s}
+        took = {"wall_s": time.perf_counter() - start, "cpu_s": time.process_time() - cpu}
+        took |= {"model_cpu_s": model.cpu_s, "model_wall_s": model.wall_s}
         report.put({**asdict(outcome), **took, "box": box, "shape": volume.shape, "finished": time.time()})
 
 
@@ -196,16 +201,19 @@ def memory(team: Team, folder: Path, numbers: dict) -> str:
 
 
 def overhead(team: Team, folder: Path, numbers: dict) -> str:
-    """Slopes between two volumes, so that what is done once cancels; processor time: the machine is shared."""
+    """Slopes between two volumes whose grey levels are known, so that what is done once is not counted.
+
+    The run with a network that waits tells how much longer it takes than its network: wall time, reading included.
+    """
     sizes = {"volume_size": (96, 96, 96), "patch_size": (8, 8, 8)}
 
-    def slope(select: bool) -> dict:
+    def slope(select: bool, window_s: float) -> dict:
         took = []
         for depth in (128, 384):
             source, out = folder / f"overhead{depth}.zarr", clean(folder / "overhead-out.zarr")
             small_volume(source, (depth, 512, 512))
             options = RunOptions(box=(128, 512, 512))
-            run = team.run(source, out, sizes, options, select=select)
+            run = team.run(source, out, {**sizes, "window_s": window_s}, options, select=select, measured=True)
             spans = [slice(max(z - 120, 0), min(z + 248, depth)) for z in range(0, depth, 128)]
             reads = [(span, slice(None), slice(None)) for span in spans]
 
@@ -213,24 +221,23 @@ def overhead(team: Team, folder: Path, numbers: dict) -> str:
             took.append(run)
             shutil.rmtree(out)
         few, many = took
-        return {key: many[key] - few[key] for key in ("cpu_s", "read_cpu_s", "model_s", "windows")}
+        times = ("cpu_s", "wall_s", "read_cpu_s", "model_cpu_s", "model_wall_s", "windows")
+        run = {key: many[key] - few[key] for key in times}
+        seconds = {
+            "engine CPU ms": run["cpu_s"] - run["read_cpu_s"] - run["model_cpu_s"],
+            "added wall ms": run["wall_s"] - run["model_wall_s"],
+        }
+        return {"windows": run["windows"], **{key: 1000 * took / run["windows"] for key, took in seconds.items()}}
 
     rows = []
-    for select in (False, True):
-        slopes = [slope(select) for _ in range(REPEATS)]
-        engine = [1000 * (s["cpu_s"] - s["read_cpu_s"] - s["model_s"]) / s["windows"] for s in slopes]
-        rows.append(
-            {
-                "patches": "selected" if select else "all",
-                "windows": slopes[0]["windows"],
-                "CPU s": median(s["cpu_s"] for s in slopes),
-                "reading s": median(s["read_cpu_s"] for s in slopes),
-                "stub s": median(s["model_s"] for s in slopes),
-                "engine ms per window": median(engine),
-                "from": min(engine),
-                "to": max(engine),
-            }
-        )
+    for select, window_s in ((False, 0.0), (False, WAIT_S), (True, 0.0), (True, WAIT_S)):
+        slopes = [slope(select, window_s) for _ in range(REPEATS)]
+        row = {"patches": "selected" if select else "all", "windows": slopes[0]["windows"]}
+        row["network"] = f"waits {1000 * window_s:.0f} ms per window" if window_s else "immediate"
+        for key in ("engine CPU ms", "added wall ms"):
+            values = [each[key] for each in slopes]
+            row |= {f"{key} per window": median(values), f"{key} from .. to": f"{min(values):.1f} .. {max(values):.1f}"}
+        rows.append(row)
     numbers["overhead"] = rows
     return markdown_table(rows)
 
@@ -324,12 +331,12 @@ def plan(team: Team, folder: Path, numbers: dict) -> str:
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         network(torch.zeros(1, 1, *network.config.volume_size, dtype=network.dtype))
     flops = counter.get_total_flops()
-    engine_s = dense["engine ms per window"] / 1000 * np.prod(network.config.volume_size) / 96**3
+    engine_s = dense["engine CPU ms per window"] / 1000 * np.prod(network.config.volume_size) / 96**3
     cores = GPUS * CORES_PER_GPU
     rows = [
         ("read and decode", read * BRAIN_VOXELS, cores),
         ("select: scan, ground, tokens", select * BRAIN_VOXELS, cores),
-        ("normalise, blend", windows * engine_s, GPUS),  # in the thread that feeds the network
+        ("normalise, blend", windows * engine_s, GPUS),  # in threads beside the network
         ("compress, checksum, write", write * BRAIN_VOXELS, GPUS),
         (f"network, {flops / 1e9:.0f} GFLOP per full window", windows * flops / GPU_FLOPS, GPUS),
     ]

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import ndimage
 
@@ -30,11 +31,11 @@ def mode(request) -> str:
 
 def process_blocks(array: np.ndarray, function, plan: BlockPlan) -> np.ndarray:
     """Run `function` (window -> array of the window's size) over the array, block by block."""
-    return assemble(plan, ((block, function(block.read(array))) for block in plan))
+    return assemble(plan, ([(block, function(block.read(array)))] for block in plan), activation=torch.clone)
 
 
 def added_weights(plan: BlockPlan) -> np.ndarray:
-    return assemble(plan, ((block, np.ones(plan.window)) for block in plan))
+    return assemble(plan, ([(block, np.ones(plan.window))] for block in plan), activation=torch.clone)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -125,7 +126,7 @@ def test_a_block_that_reaches_beyond_the_volume_repeats_its_border():
 def test_a_block_left_out_counts_as_zeros():
     plan = BlockPlan((8, 12, 40), WINDOW, (0, 0, 0), "crop")
     first, *_ = plan
-    result = assemble(plan, [(first, np.ones(WINDOW))])
+    result = assemble(plan, [[(first, np.ones(WINDOW))]], activation=torch.clone)
     assert result[..., :14].all()
     assert not result[..., 14:].any()
 

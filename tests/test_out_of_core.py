@@ -158,12 +158,12 @@ def test_measuring_reads_a_fixed_sample_however_large_the_volume():
 def test_a_box_is_assembled_from_the_blocks_that_meet_it(shape, window, overlap):
     plan, rng = BlockPlan(shape, window, overlap), np.random.default_rng(0)
     results = {block: rng.random(window).astype(np.float32) for block in plan}
-    whole = assemble(plan, results.items())
+    whole = assemble(plan, [list(results.items())], activation=torch.clone)
     for _ in range(8):
         starts = [int(rng.integers(0, n)) for n in shape]
         box = tuple(slice(s, int(rng.integers(s + 1, n + 1))) for s, n in zip(starts, shape, strict=True))
         near = plan.meeting(box)
-        part = assemble(plan, ((block, results[block]) for block in near), box)
+        part = assemble(plan, ([(block, results[block])] for block in near), box, torch.clone)
         assert_array_equal(part, whole[box])
         hit = [
             all(i.start < b.stop and i.stop > b.start for i, b in zip(k.inside(shape), box, strict=True)) for k in plan

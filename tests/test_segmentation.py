@@ -1,5 +1,6 @@
 """A volume is segmented block by block as it would be at once."""
 
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,8 +10,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from torch import nn
 
 from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation, ViT3DImageProcessor, Volume, segment
-from vit3d.model.blocks_vit3d import Block
-from vit3d.model.inference_vit3d import FAINT, batches, window_plan
+from vit3d.model.blocks_vit3d import Block, BlockPlan
+from vit3d.model.inference_vit3d import FAINT, batches, predict, window_plan
 from vit3d.model.modeling_vit3d import BACKGROUND_LOGIT, from_patches, to_patches
 
 SHAPES = [(19, 40, 53), (8, 16, 24), (9, 17, 25), (3, 5, 7), (1, 40, 30), (30, 10, 24)]
@@ -106,6 +107,42 @@ def test_selection_changes_nothing_on_the_neurite_and_only_zeroes_what_is_far_fr
     assert not selected[far].any()
 
 
+def test_the_next_batch_is_read_and_the_last_one_added_while_the_network_works(monkeypatch):
+    """A network that returns only when the next window was looked up, and the result before was added."""
+    voxels, looked_up, added = noise((30, 40, 53)), [], []
+    values, kept = ViT3DImageProcessor.pixel_values, BlockPlan.kept
+
+    def spy_on_values(self, *arguments, **options):
+        result = values(self, *arguments, **options)
+        looked_up.append(1)
+        return result
+
+    def spy_on_kept(self, block, box):
+        added.append(1)
+        return kept(self, block, box)
+
+    class PatientNetwork(OneVoxelNetwork):
+        def forward(self, pixel_values, token_mask=None):
+            logits = super().forward(pixel_values, token_mask)
+            done = len(self.batches)
+            deadline = time.monotonic() + 10
+            while min(len(looked_up) - min(done + 1, windows), len(added) - (done - 1)) < 0:
+                assert time.monotonic() < deadline, "nothing went on while the network worked"
+                time.sleep(0.001)
+            return type(logits)(logits=2 * pixel_values)  # as it is now: nobody may have written into it
+
+    network = PatientNetwork()
+    windows = len(list(window_plan(voxels.shape, network.config)))
+    expected = network.whole(voxels)
+    monkeypatch.setattr(ViT3DImageProcessor, "pixel_values", spy_on_values)
+    monkeypatch.setattr(BlockPlan, "kept", spy_on_kept)
+    found = predict(
+        network, voxels, processor=ViT3DImageProcessor.from_config(network.config), select=False, batch_size=1
+    )
+    assert_allclose(found, expected, atol=1e-5)
+    assert len(network.batches) == windows > 5
+
+
 @pytest.mark.parametrize("level, dtype", [(0, np.uint8), (7, np.uint16), (0.3, np.float64)])
 def test_a_constant_stack_holds_nothing(network, level, dtype):
     voxels = np.full((9, 20, 30), level, dtype)
@@ -137,6 +174,15 @@ def test_a_batch_holds_windows_of_like_token_counts_each_window_once():
     tokens, padded = counts.sum(), sum(len(batch) * int(batch[-1][2].sum()) for batch in found)
     assert padded < 1.2 * tokens
     assert len(found) < 25
+
+
+def test_a_batch_of_nearly_empty_windows_is_not_much_larger_than_a_full_one():
+    """Voxels of patches that are left out are read and painted too."""
+    masks = [np.arange(784) < 1] * 1000
+    jobs = [(Block((i, 0, 0), (16, 112, 112)), None, mask) for i, mask in enumerate(masks)]
+    full = max(map(len, batches([(*job[:2], np.ones(784, bool)) for job in jobs])))
+    assert full == 4096 // 784
+    assert max(map(len, batches(jobs))) == 16384 // 784 <= 4 * full
 
 
 def test_no_batch_holds_more_windows_than_asked(network):

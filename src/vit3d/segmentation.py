@@ -33,7 +33,7 @@ def segment(
         processor: normalises and selects; built from the model's config when none is given.
         statistics: grey levels of the whole volume, where `volume` is a part of it; measured when not given.
         select: leave out patches that hold only background (cost follows the neuron); False computes everything.
-        batch_size: most windows per forward pass; default as many as 4096 tokens allow.
+        batch_size: most windows per forward pass; default as many as 4096 tokens and 16384 patches allow.
 
     Windows have the size the network was trained with, overlap by half in z and a quarter in y and x, and are
     blended. A volume smaller than a window is padded by repeating its border.

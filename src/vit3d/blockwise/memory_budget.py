@@ -11,7 +11,7 @@ import torch
 
 from ..model.blocks_vit3d import Block
 from ..model.image_processing_vit3d import ViT3DImageProcessor
-from ..model.inference_vit3d import TOKENS_PER_BATCH, predict_batches, window_plan
+from ..model.inference_vit3d import PATCHES_PER_BATCH, TOKENS_PER_BATCH, predict_batches
 from ..model.intensity_vit3d import IntensityStatistics
 from ..volume import Volume
 from .block_store import CHUNK, Layout
@@ -41,7 +41,7 @@ def working_bytes(layout: Layout, config, volume: Volume) -> int:
 
 
 def check_memory(layout: Layout, model, volume: Volume, statistics: IntensityStatistics, memory_bytes: int) -> None:
-    """Run one full batch, which also warms the network up, and refuse what will not fit."""
+    """Run the largest batches, which also warms the network up, and refuse what will not fit."""
     config = model.config
     try:
         _trial(model, volume, statistics)
@@ -57,13 +57,16 @@ def check_memory(layout: Layout, model, volume: Volume, statistics: IntensitySta
 
 
 def _trial(model, volume: Volume, statistics: IntensityStatistics) -> None:
+    """The batch of most tokens, and the one of most windows, of which three quarters of the patches are left out."""
     config = model.config
-    count = max(1, TOKENS_PER_BATCH // int(np.prod(config.grid_size)))
     window, grid = Block((0, 0, 0), config.volume_size), np.ones(config.grid_size, dtype=bool)
     grid[0, 0, 0] = False  # the selecting path takes more memory than the dense one
-    voxels, batch = np.zeros(config.volume_size, dtype=volume.voxels.dtype), [(window, window, grid)] * count
-    plan, box = window_plan(voxels.shape, config), window.inside(voxels.shape)
-    next(predict_batches(model, voxels, [batch], ViT3DImageProcessor.from_config(config), statistics, plan, box))
+    sparse = (np.arange(grid.size) % 4 == 0).reshape(grid.shape)
+    kinds = ((grid, TOKENS_PER_BATCH), (sparse, PATCHES_PER_BATCH))
+    todo = [[(window, window, tokens)] * max(1, most // grid.size) for tokens, most in kinds]
+    voxels = np.zeros(config.volume_size, dtype=volume.voxels.dtype)
+    for _ in predict_batches(model, voxels, todo, ViT3DImageProcessor.from_config(config), statistics):
+        pass
 
 
 def peak_bytes() -> int:

@@ -304,28 +304,34 @@ class _Run:
         return occupied_windows(blocks, mask, self.processor, self.model.config)
 
     def _probability(self, index: Index, part: Part, jobs: list[Job]) -> np.ndarray | None:
-        """The box, float32; None where it holds nothing."""
+        """The box, float32, as the windows gave it; None where it holds nothing."""
         if not jobs:
             return None
         box = self.store.layout.box_of(index)
-        probability = assemble(self.plan, self._results(part, jobs, box), box)
-        if not np.isfinite(probability.sum()):
-            raise ValueError(f"The network gave NaN or infinite probabilities in {_said(box)}.")
-        return without_faint(probability)
+        return assemble(self.plan, self._results(part, jobs), box)
 
-    def _results(self, part: Part, jobs: list[Job], box: Box) -> Iterator[tuple[Block, torch.Tensor]]:
+    def _results(self, part: Part, jobs: list[Job]) -> Iterator[list[tuple[Block, torch.Tensor]]]:
         todo, statistics = batches(jobs), self.statistics
-        results = predict_batches(self.model, part, todo, self.processor, statistics, self.plan, box)
+        results = predict_batches(self.model, part, todo, self.processor, statistics)
         while True:
             with self._timed("predict"):
                 batch = next(results, None)
             if batch is None:
                 return
-            yield from batch
+            yield batch
+
+    def _checked(self, index: Index, probability: np.ndarray | None) -> np.ndarray | None:
+        if probability is None:
+            return None
+        if not np.isfinite(probability.sum()):
+            box = _said(self.store.layout.box_of(index))
+            raise ValueError(f"The network gave NaN or infinite probabilities in {box}.")
+        return without_faint(probability)
 
     def _write(self, index: Index, probability: np.ndarray | None, windows: int, leases: Leases) -> None:
         try:
             with self._timed("write"):
+                probability = self._checked(index, probability)
                 self.store.write(index, probability, windows=windows, machine=machine_of(self.model))
         except OSError as error:
             if self._is_named():

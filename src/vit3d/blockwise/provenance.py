@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..model.inference_vit3d import FAINT, FREE_PADDING, MOST_PADDED, OVERLAP, TOKENS_PER_BATCH
+from ..model.inference_vit3d import FAINT, FREE_PADDING, MOST_PADDED, OVERLAP, PATCHES_PER_BATCH, TOKENS_PER_BATCH
 from ..volume import Volume
 from .block_store import LEVELS, BlockStore, differences
 
@@ -29,6 +29,7 @@ def identity_of(model, volume: Volume, processor, select: bool) -> dict:
         "windows": {
             "overlap": list(OVERLAP),
             "tokens_per_batch": TOKENS_PER_BATCH,
+            "patches_per_batch": PATCHES_PER_BATCH,
             "padded": [MOST_PADDED, FREE_PADDING],
             "faint": FAINT,
             "rounded_to": LEVELS,

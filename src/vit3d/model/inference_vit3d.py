@@ -6,7 +6,7 @@ a stack on disk is read one window at a time. Arrays are (depth, height, width).
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from .intensity_vit3d import IntensityStatistics
 
 OVERLAP = (0.5, 0.25, 0.25)  # of the window (z, y, x), shared with each neighbour and blended
 TOKENS_PER_BATCH = 4096
+PATCHES_PER_BATCH = 4 * TOKENS_PER_BATCH  # those left out as well: their voxels take memory all the same
 MOST_PADDED, FREE_PADDING = 1.25, 4  # a batch's largest row may hold so many times the tokens of its smallest, and 4
 FAINT = 1 / 512  # less than half a level of an 8-bit picture: written as 0, so that background stays empty
 
@@ -39,7 +40,7 @@ def predict(
         model: a `ViT3DForNeuronSegmentation` in evaluation mode, where it is to run.
         statistics: grey levels of the whole volume, where `voxels` are a part of it; measured when not given.
         select: leave out patches that hold only background; False computes everything.
-        batch_size: most windows per forward pass; default as many as 4096 tokens allow.
+        batch_size: most windows per forward pass; default as many as 4096 tokens and 16384 patches allow.
         progress: called with the list of batches, gives them one by one; `tqdm` fits.
     """
     statistics = statistics or processor.measure(voxels)
@@ -47,8 +48,7 @@ def predict(
     plan = window_plan(voxels.shape, model.config)
     jobs = occupied_windows(plan, mask, processor, model.config)
     todo = progress(list(batches(jobs, batch_size)))
-    whole = tuple(slice(0, size) for size in voxels.shape)
-    results = chain.from_iterable(predict_batches(model, voxels, todo, processor, statistics, plan, whole))
+    results = predict_batches(model, voxels, todo, processor, statistics)
     return without_faint(assemble(plan, results))
 
 
@@ -82,7 +82,7 @@ def occupied_windows(plan: Iterable[Block], mask, processor: ViT3DImageProcessor
 
 def batches(jobs: list[Job], batch_size: int | None = None) -> Iterator[list[Job]]:
     """Windows of similar token count together, so that little is padded; `jobs` come fewest tokens first."""
-    most = batch_size or len(jobs)
+    most = batch_size or max(1, PATCHES_PER_BATCH // jobs[0][2].size if jobs else 1)
     batch, least = [], 0
     for job in jobs:
         tokens = int(job[2].sum())
@@ -103,49 +103,73 @@ def predict_batches(
     todo: Iterable[list[Job]],
     processor: ViT3DImageProcessor,
     statistics: IntensityStatistics,
-    plan: BlockPlan,
-    box: Box,
 ) -> Iterator[list[tuple[Block, torch.Tensor]]]:
-    """For each batch, in one forward pass: (block to write, float32 on the CPU) of each window.
+    """For each batch, in one forward pass: (block to write, logits on the CPU) of each window.
 
-    It is probability where the plan keeps it for `box`, and undefined elsewhere. What one batch gave is to be used
-    before the next is asked for.
+    While the network works on one batch, a thread reads and normalises the next.
     """
-    pixels = np.empty(0, dtype=np.float32)  # one for all batches: fresh memory would take longer than normalising
-    for batch in todo:
+    # two, in turn, for all batches: fresh memory would take longer than normalising
+    buffers = [np.empty(0, dtype=np.float32)] * 2
+
+    def prepared(batch: list[Job]) -> tuple[list[Job], np.ndarray]:
         shape = (len(batch), 1, *batch[0][0].size)
-        if pixels.size < math.prod(shape):
-            pixels = np.empty(math.prod(shape), dtype=np.float32)
-        windows = pixels[: math.prod(shape)].reshape(shape)
+        buffers.reverse()
+        if buffers[0].size < math.prod(shape):
+            buffers[0] = np.empty(math.prod(shape), dtype=np.float32)
+        windows = buffers[0][: math.prod(shape)].reshape(shape)
         for (read, _, _), window in zip(batch, windows, strict=True):
             processor.pixel_values(read.read(voxels), statistics, out=window[0])
-        with torch.inference_mode():
-            logits = _logits(model, windows, [tokens for _, _, tokens in batch])
-            for (_, write, _), window in zip(batch, logits, strict=True):
-                window[plan.kept(write, box)[1]].sigmoid_()
-            results = logits.cpu()
-        yield [(write, window) for (_, write, _), window in zip(batch, results, strict=True)]
+        return batch, windows
+
+    for batch, windows in _one_ahead(prepared, todo):
+        yield _logits(model, batch, windows)
 
 
-def _logits(model, windows: np.ndarray, masks: list[np.ndarray]) -> torch.Tensor:
-    token_mask = torch.from_numpy(np.stack(masks)).to(model.device)
+@torch.inference_mode()
+def _logits(model, batch: list[Job], windows: np.ndarray) -> list[tuple[Block, torch.Tensor]]:
+    token_mask = np.stack([tokens for _, _, tokens in batch])
     # all kept is the dense computation: without a mask it needs no gathering
-    return model(torch.from_numpy(windows).to(model.device), None if token_mask.all() else token_mask).logits[:, 0]
+    mask = None if token_mask.all() else torch.from_numpy(token_mask).to(model.device)
+    logits = model(torch.from_numpy(windows).to(model.device), mask).logits[:, 0].cpu()
+    return [(write, window) for (_, write, _), window in zip(batch, logits, strict=True)]
 
 
-def assemble(plan: BlockPlan, results: Iterable[tuple[Block, np.ndarray]], box: Box | None = None) -> np.ndarray:
-    """Weighted sum of window results (arrays or tensors), float32, of the volume's shape or of a `box` of it.
+def _one_ahead(function: Callable, items: Iterable) -> Iterator:
+    """`map`, in a thread that makes the next result while the last one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = None
+        for item in items:
+            last, coming = coming, pool.submit(function, item)
+            del item  # freed by the thread, when it is done with it
+            if last is not None:
+                yield last.result()
+        if coming is not None:
+            yield coming.result()
 
-    A block left out counts as zeros.
+
+def assemble(
+    plan: BlockPlan,
+    results: Iterable[list[tuple[Block, np.ndarray]]],
+    box: Box | None = None,
+    activation: Callable[[torch.Tensor], torch.Tensor] = torch.sigmoid,
+) -> np.ndarray:
+    """Weighted sum of `activation` of the windows (arrays or tensors), float32, the volume's shape or that of a `box`.
+
+    A thread adds one batch while the next is computed. A block left out counts as zeros.
     """
     box = box or tuple(slice(0, size) for size in plan.shape)
     volume = np.zeros([b.stop - b.start for b in box], dtype=np.float32)  # numpy asks for large pages
-    for block, result in results:
-        there, crop = plan.kept(block, box)
-        shares, rows, columns = plan.profiles(block, crop)
-        across, kept = torch.from_numpy(rows[:, None] * columns), torch.as_tensor(result[crop], dtype=torch.float32)
-        for plane, values, share in zip(torch.from_numpy(volume[there]), kept, shares.tolist(), strict=True):
-            plane.addcmul_(values, across, value=share)  # plane by plane: in the cache
+
+    def add(batch: list[tuple[Block, np.ndarray]]) -> None:
+        for block, result in batch:
+            there, crop = plan.kept(block, box)
+            shares, rows, columns = plan.profiles(block, crop)
+            across, kept = torch.from_numpy(rows[:, None] * columns), torch.as_tensor(result[crop], dtype=torch.float32)
+            for plane, values, share in zip(torch.from_numpy(volume[there]), kept, shares.tolist(), strict=True):
+                plane.addcmul_(activation(values), across, value=share)  # plane by plane: in the cache
+
+    for _ in _one_ahead(add, results):
+        pass
     return volume
 
 
