@@ -134,7 +134,8 @@ def compare(folders: list[Path], args) -> None:
         with store.open("a") as file:
             file.write(json.dumps(row) + "\n")
         rows = [json.loads(line) for line in store.read_text().splitlines()]
-        fill_card(args.card, "candidates", markdown_table(sorted(rows, key=lambda row: row["weights"])))
+        rows = [dict.fromkeys(row, "-") | each for each in sorted(rows, key=lambda row: row["weights"])]
+        fill_card(args.card, "candidates", markdown_table(rows))  # "-": a kind that there was not yet
 
 
 def main() -> None:

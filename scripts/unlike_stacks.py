@@ -116,7 +116,26 @@ def brightfield(rng, light: np.ndarray, truth: NeuronTree) -> np.ndarray:
     return lamp * np.exp(-1.2 * light - 6 * shadow - 0.5 * dirt)
 
 
-KINDS = {k.__name__: k for k in (plain, membrane, puncta, stripes, crowd, blobs, ringing, speckle, brightfield)}
+def jitter(rng, light: np.ndarray, truth: NeuronTree) -> np.ndarray:
+    """The sample moved between the slices: each lies up to two voxels beside its place."""
+    steps = np.clip(rng.normal(0, 0.9, (len(light), 2)), -2, 2)
+    moved = [ndimage.shift(plane, step, order=1, mode="nearest") for plane, step in zip(light, steps, strict=True)]
+    return np.stack(moved) + 0.05
+
+
+def seams(rng, light: np.ndarray, truth: NeuronTree) -> np.ndarray:
+    """Stitched from four tiles, each darker towards its edges and as bright as its exposure made it."""
+    middle = np.array(light.shape[1:]) // 2 + rng.integers(-30, 31, 2)
+    factor = np.empty(light.shape[1:])
+    for y in (slice(0, middle[0]), slice(middle[0], None)):
+        for x in (slice(0, middle[1]), slice(middle[1], None)):
+            rows, columns = (np.linspace(-1, 1, size) for size in factor[y, x].shape)
+            factor[y, x] = rng.uniform(0.4, 1.2) * (1 - 0.3 * (rows[:, None] ** 2 + columns**2) / 2)
+    return (light + 0.2) * factor
+
+
+UNLIKE = (membrane, puncta, blobs, brightfield, jitter, seams)
+KINDS = {k.__name__: k for k in (plain, stripes, crowd, ringing, speckle, *UNLIKE)}
 ALIKE = ("stripes", "crowd", "ringing", "speckle")
 DARK = ("brightfield",)
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,11 +14,21 @@ import pytest
 import tifffile
 import torch
 import zarr
+from scipy import ndimage
 
 from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation, ViT3DImageProcessor, checkpoint
 from vit3d.blockwise.leases import Leases
 from vit3d.cli import main
-from vit3d.reconstruction import find_stacks, fits_in_memory, inverted, masked, reconstruct, within
+from vit3d.reconstruction import (
+    find_stacks,
+    fits_in_memory,
+    in_focus,
+    inverted,
+    masked,
+    reconstruct,
+    reconstruct_on_disk,
+    within,
+)
 from vit3d.scoring import score_trees
 from vit3d.tree import read_swc
 from vit3d.volume import Volume, open_volume, read_volume, write_volume
@@ -90,6 +101,49 @@ def assert_equal_trees(first, second, threshold=1.5):
 
 
 # ------------------------------------------------------------ one stack
+
+
+def two_fibres(dark: bool = False) -> Volume:
+    """A sharp fibre along x at y = 20, and a longer one at y = 70 that lies far out of focus."""
+    light = np.zeros((24, 120, 160))
+    light[12, 19:22, 40:110] = 1.0
+    blurred = np.zeros_like(light)
+    blurred[12, 69:72, 35:125] = 1.0
+    light, blurred = (ndimage.gaussian_filter(each, width) for each, width in ((light, 1), (blurred, (4, 9, 9))))
+    light = light / light.max() + 0.2 * blurred / blurred.max()
+    voxels = np.random.default_rng(0).normal(10 + 240 * light / light.max(), 0.3)
+    return Volume(np.clip(250 - voxels if dark else voxels, 0, 255).astype(np.uint8), SPACING)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_of_two_neurites_the_one_in_focus_is_kept_though_it_is_shorter(dark, lazy, tmp_path):
+    volume = two_fibres(dark)
+    forest = reconstruct(Photograph(), volume, forest=True).tree.split()
+    sharp, blurred = sorted(forest, key=lambda tree: tree.points[:, 1].mean())[:2]
+    assert blurred.cable_length > 1.1 * sharp.cable_length
+    if lazy:
+        zarr.create_array(tmp_path / "in.zarr", data=volume.voxels)
+        stack = open_volume(tmp_path / "in.zarr", spacing_um=SPACING)
+        found = reconstruct_on_disk(Photograph(), stack, tmp_path / "out.zarr")
+    else:
+        found = reconstruct(Photograph(), volume)
+    assert abs(found.tree.points[:, 1] / SPACING[1] - 20).max() < 4
+    assert found.reviews[0].kind == "left out"
+    assert found.reviews[0].length == pytest.approx(blurred.cable_length, rel=0.05)
+    chosen = reconstruct(Photograph(), volume, root=(12.0, 35.0, 40.0)).tree
+    assert chosen.cable_length == pytest.approx(blurred.cable_length, rel=0.05)
+
+
+def test_focus_does_not_depend_on_brightness_and_is_that_of_the_tree_alone():
+    volume = two_fibres()
+    statistics = ViT3DImageProcessor.from_config(CONFIG).measure(volume.voxels)
+    trees = reconstruct(Photograph(), volume, forest=True).tree.split()
+    sharp, blurred = sorted(trees, key=lambda tree: tree.points[:, 1].mean())[:2]
+    dim = Volume(10 + (volume.voxels - 10.0) / 4, SPACING)
+    for stack, grey in ((volume, statistics), (dim, replace(statistics, background=statistics.background / 4 + 7.5))):
+        assert in_focus(sharp, stack, grey) > 0.9
+        assert in_focus(blurred, stack, grey) < 0.7
 
 
 def test_a_stack_becomes_a_tree_a_probability_a_review_and_a_picture(vit3d, tmp_path):

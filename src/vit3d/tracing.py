@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,6 +20,7 @@ _SPECKS, _THINNING, _SPECKS_LEFT = 100, 0.5, 0.05  # see `_salt`
 _GAP_VOXELS = 10  # in-plane voxels bridged by default
 _SOMA_FACTORS = (3.0, 1.8)  # a soma is this much thicker than the median and the 90th percentile of the neurites
 _SOMA_MIN_VOXELS = 4.0
+_RIVAL = 0.1  # a tree with less than this share of the longest one's cable is not the neuron, however sharp
 _WEAK = 0.6  # a weak spot has less than this share of the tree's median confidence
 
 
@@ -76,7 +78,7 @@ def trace(
     )[0]
 
 
-def trace_with_review(
+def trace_with_review(  # noqa: PLR0913 (those of `trace`, and one)
     volume: Volume,
     *,
     threshold: float | str = "auto",
@@ -86,9 +88,13 @@ def trace_with_review(
     forest: bool = False,
     step_um: float | None = None,
     min_voxels: float = MIN_VOXELS,
+    focus: Callable[[NeuronTree], float] | None = None,
 ) -> tuple[NeuronTree, list[Review]]:
     """As `trace`, with what deserves a look: what was left out, longest first, then joins and weak spots, least
-    confident first."""
+    confident first.
+
+    focus: how much a tree counts, from 0 to 1, where one of several is to be kept: that of most cable times focus is.
+    """
     _check(volume, root, min_branch_um, max_gap_um, step_um)
     unit = "um" if volume.spacing_um else "voxel"
     level = find_level(volume.voxels, threshold)
@@ -106,7 +112,7 @@ def trace_with_review(
     gap = _GAP_VOXELS * step[1:].min() if max_gap_um is None else max_gap_um
     tree, bridges = join_fragments(tree, volume, level.probability, step, gap)
     whole = tree
-    tree, bridges, rows = _neuron(whole, bridges, root, forest)
+    tree, bridges, rows = _neuron(whole, bridges, root, forest, focus)
     left_out = _left_out(whole, rows)
     reviews = sorted(_joins(tree, bridges) + _weak_spots(tree, bridges), key=lambda review: review.confidence)
     tree = with_soma(tree, foreground) if root is None else tree
@@ -155,15 +161,18 @@ def _salt(size: np.ndarray) -> int:
 
 
 def _neuron(
-    tree: NeuronTree, bridges: list[np.ndarray], root, forest: bool
+    tree: NeuronTree, bridges: list[np.ndarray], root, forest: bool, focus=None
 ) -> tuple[NeuronTree, list[np.ndarray], np.ndarray]:
-    """The tree with most cable, or the one at `root`, its bridges and its rows in `tree`; with `forest` every tree,
-    that one first.
+    """The tree with most cable in focus, or the one at `root`, its bridges and its rows in `tree`; with `forest` every
+    tree, that one first.
 
     Each is rooted at its thickest node, or at the node nearest to `root`.
     """
     part = tree.root_of
     cable = np.bincount(part[tree.edges], tree.edge_lengths, len(tree))
+    rivals = np.flatnonzero(cable >= _RIVAL * cable.max())
+    if focus is not None and root is None and len(rivals) > 1:
+        cable[rivals] *= [max(focus(tree.take(np.flatnonzero(part == rival))), _RIVAL) for rival in rivals]
     nearest = None if root is None else int(np.linalg.norm(tree.points - np.array(root), axis=1).argmin())
     main = int(cable.argmax()) if root is None else part[nearest]
     tops = [] if root is None else [nearest]
