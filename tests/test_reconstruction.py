@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +31,7 @@ from vit3d.reconstruction import (
     within,
 )
 from vit3d.scoring import score_trees
+from vit3d.tracing import trace
 from vit3d.tree import read_swc
 from vit3d.volume import Volume, open_volume, read_volume, write_volume
 
@@ -144,6 +146,19 @@ def test_focus_does_not_depend_on_brightness_and_is_that_of_the_tree_alone():
     for stack, grey in ((volume, statistics), (dim, replace(statistics, background=statistics.background / 4 + 7.5))):
         assert in_focus(sharp, stack, grey) > 0.9
         assert in_focus(blurred, stack, grey) < 0.7
+
+
+def test_a_stack_too_narrow_to_tell_is_in_focus():
+    """No circle fits in: the longest tree is kept, and nothing is warned of."""
+    voxels = np.zeros((60, 6, 6), np.uint8)
+    voxels[2:40, 2:4, 2:4] = voxels[52:58, 2:4, 2:4] = 200
+    volume = Volume(voxels)
+    statistics = ViT3DImageProcessor.from_config(CONFIG).measure(voxels)
+    trees = trace(volume, forest=True, max_gap_um=0).split()
+    assert len(trees) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [in_focus(tree, volume, statistics) for tree in trees] == [1.0, 1.0]
 
 
 def test_a_stack_becomes_a_tree_a_probability_a_review_and_a_picture(vit3d, tmp_path):

@@ -210,10 +210,12 @@ def in_focus(tree: NeuronTree, volume: Volume, statistics) -> float:
         z, y, x = z - low[0], y - low[1], x - low[2]
         down, right = np.ogrid[: voxels.shape[1], : voxels.shape[2]]
         around = np.abs(np.hypot(down - y, right - x) - reach) < 0.7
+        if not around.any():  # a stack narrower than the circle
+            continue
         here = voxels[:, max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2].mean()
         own += here - np.median(voxels[z][around])
         light += here - statistics.background
-    share = own / light if light else 0.0  # both are negative where neurites are dark
+    share = own / light if light else 1.0  # both are negative where neurites are dark
     return min(max(share, 0.0), 1.0)
 
 
