@@ -24,13 +24,14 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from test_segmentation import OneVoxelNetwork, tiny_model
 from vit3d import ViT3DConfig, ViT3DImageProcessor, Volume, segment
-from vit3d.blockwise.block_store import BlockStore, partial_path
+from vit3d.blockwise import selection
+from vit3d.blockwise.block_store import BlockStore, Layout, partial_path
 from vit3d.blockwise.memory_budget import BOXES, choose_layout, working_bytes
 from vit3d.blockwise.out_of_core import RunOptions, segment_store
 from vit3d.blockwise.provenance import machine_of, model_digest
 from vit3d.blockwise.segmentation_job import damage_report, segment_path
 from vit3d.model.blocks_vit3d import BlockPlan
-from vit3d.model.inference_vit3d import FAINT, assemble
+from vit3d.model.inference_vit3d import FAINT, assemble, occupied_windows, window_plan
 from vit3d.model.intensity_vit3d import foreground, foreground_reach, local_background, measure
 from vit3d.volume import open_volume
 
@@ -124,6 +125,42 @@ def test_the_foreground_of_a_box_is_that_of_the_whole_volume(polarity):
         assert_array_equal(foreground(voxels[reach], statistics)[inside], whole[box])
 
 
+@pytest.mark.parametrize(
+    "shape, prediction, window, patch, kept_bytes",
+    [
+        (SHAPE, "volume", (16, 48, 48), (4, 8, 8), None),
+        (SHAPE, "volume", (20, 42, 42), (5, 14, 14), None),  # patches that boxes cut
+        (SHAPE, "center_slice", (5, 48, 48), (5, 8, 8), None),
+        ((11, 150, 37), "volume", (16, 48, 48), (4, 8, 8), None),  # smaller than a window: patches begin anywhere
+        ((11, 37, 130), "center_slice", (5, 48, 48), (5, 8, 8), 1),
+    ],
+)
+def test_what_is_selected_tile_by_tile_is_what_the_whole_volume_selects(
+    shape, prediction, window, patch, kept_bytes, monkeypatch
+):
+    if kept_bytes:  # one tile alone is remembered
+        monkeypatch.setattr(selection, "KEPT_BYTES", kept_bytes)
+    config = ViT3DConfig(volume_size=window, patch_size=patch, prediction=prediction)
+    processor, layout, read = ViT3DImageProcessor.from_config(config), Layout(shape, BOX), []
+    statistics = measure(neuron())
+    start = [5 if n < whole else 0 for n, whole in zip(shape, SHAPE, strict=True)]
+    voxels = neuron()[tuple(map(slice, start, np.add(start, shape)))]
+    mask = foreground(voxels, statistics)
+
+    def scan(box):
+        read.append(box)
+        return voxels[box]
+
+    tiles = selection.Selection(scan, layout, processor, statistics, config)
+    plan = window_plan(shape, config)
+    found = occupied_windows(plan, tiles.tokens, config)
+    expected = occupied_windows(plan, lambda window: processor.token_mask(window.read(mask)), config)
+    assert [job[:2] for job in found] == [job[:2] for job in expected]
+    assert all(np.array_equal(one[2], other[2]) for one, other in zip(found, expected, strict=True))
+    assert 0 < np.mean([tokens.mean() for *_, tokens in expected]) < 0.9
+    assert (len(read) == np.prod(layout.grid)) != (kept_bytes is not None)
+
+
 def test_measuring_a_whole_volume_finds_the_ceiling_that_it_would_take_from_the_voxels():
     voxels = neuron()
     cells = local_background(voxels, 1.0, np.inf)
@@ -202,11 +239,11 @@ class Breaking:
 def test_an_interrupted_run_keeps_what_is_done_and_goes_on(network, volume, finished, tmp_path):
     out, setup = tmp_path / "out.zarr", 27 + 1  # reads before the first box: a sample to know the input by, statistics
     with pytest.raises(BreakError):
-        segment_store(network, Volume(Breaking(volume.voxels, setup + 9), volume.spacing_um), out, options=SMALL)
+        segment_store(network, Volume(Breaking(volume.voxels, setup + 25), volume.spacing_um), out, options=SMALL)
     assert not out.exists()
     store = BlockStore(partial_path(out))
     kept = {name: data for name, data in files(store.folder).items()}
-    assert 5 <= len(kept) <= 9
+    assert 4 <= len(kept) <= 14
     assert not list(store.lease_folder.iterdir())
     outcome = segment_store(network, volume, out)
     assert outcome.boxes == 18 - len(kept)

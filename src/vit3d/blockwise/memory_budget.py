@@ -12,12 +12,13 @@ import torch
 from ..model.blocks_vit3d import Block
 from ..model.image_processing_vit3d import ViT3DImageProcessor
 from ..model.inference_vit3d import PATCHES_PER_BATCH, TOKENS_PER_BATCH, predict_batches
-from ..model.intensity_vit3d import IntensityStatistics
+from ..model.intensity_vit3d import CELL, IntensityStatistics
 from ..volume import Volume
 from .block_store import CHUNK, Layout
+from .selection import KEPT_BYTES
 
 BOXES = ((256, 1024, 1024), (256, 512, 512), (128, 512, 512), (128, 384, 384), (128, 256, 256), (64, 128, 128))
-_ALLOWANCE_BYTES = 2**29  # Python, torch and a batch's activations, where the box is chosen
+_ALLOWANCE_BYTES = 3 * 2**28  # Python, torch and a batch's activations, where the box is chosen
 
 
 def choose_layout(model, volume: Volume, memory_bytes: int, box: tuple[int, int, int] | None = None) -> Layout:
@@ -31,13 +32,21 @@ def choose_layout(model, volume: Volume, memory_bytes: int, box: tuple[int, int,
 
 
 def working_bytes(layout: Layout, config, volume: Volume) -> int:
-    """Most memory that the boxes under way take: two that were read, one mask, two that were computed."""
-    reach = [2 * (window - 1) + 2 * 4 * cell for window, cell in zip(config.volume_size, (4, 16, 16), strict=True)]
-    read = np.prod([min(b + r, n) for b, r, n in zip(layout.box, reach, layout.shape, strict=True)], dtype=float)
+    """Most memory that the boxes under way take: one that was read and computed, one that was computed, one that is
+    read or scanned, what is known of scanned ones, and chunks being decoded."""
+    windows = [2 * (window - 1) for window in config.volume_size]
+    seen, scanned = (_voxels_around(layout, around) for around in (windows, [2 * 3 * cell for cell in CELL]))
     chunks = getattr(volume.voxels, "chunks", None) or (1, 1, 1)
     itemsize = np.dtype(volume.voxels.dtype).itemsize
     decoding = 2 * (os.cpu_count() or 1) * float(np.prod(chunks, dtype=float)) * itemsize
-    return int(read * (2 * itemsize + 1) + 2 * 4 * np.prod(layout.box, dtype=float) + decoding)
+    known = min(KEPT_BYTES, np.prod(layout.shape, dtype=float) / 8)
+    coming = max(seen * itemsize, scanned * (itemsize + 1))
+    return int(seen * itemsize + coming + 2 * 4 * np.prod(layout.box, dtype=float) + known + decoding)
+
+
+def _voxels_around(layout: Layout, around: list[int]) -> float:
+    """Voxels of a write box and so many more along each axis, at most the volume's."""
+    return np.prod([min(b + more, n) for b, more, n in zip(layout.box, around, layout.shape, strict=True)], dtype=float)
 
 
 def check_memory(layout: Layout, model, volume: Volume, statistics: IntensityStatistics, memory_bytes: int) -> None:

@@ -30,12 +30,13 @@ from ..model.inference_vit3d import (
     window_plan,
     without_faint,
 )
-from ..model.intensity_vit3d import IntensityStatistics, foreground_reach
+from ..model.intensity_vit3d import IntensityStatistics
 from ..volume import Volume
 from .block_store import BlockStore, Box, Index, create, partial_path
 from .leases import EXPIRY_S, Leases
 from .memory_budget import check_memory, choose_layout, peak_bytes
 from .provenance import check_same, check_same_machine, identity_of, machine_of
+from .selection import Selection
 
 _POLL_S = 0.2
 
@@ -198,9 +199,12 @@ class _Run:
 
     def __init__(self, model, volume: Volume, out: Path, processor, store: BlockStore, select: bool, options):
         self.model, self.volume, self.out, self.processor = model, volume, out, processor
-        self.store, self.select, self.options = store, select, options
+        self.store, self.options = store, options
         self.statistics = IntensityStatistics(**store.manifest["statistics"])
         self.plan = window_plan(volume.shape, model.config)
+        self.selection = None  # everything is computed
+        if select and self.statistics.sure:
+            self.selection = Selection(self._voxels, store.layout, processor, self.statistics, model.config)
         self.seconds: Counter = Counter()
         self.done: set[Index] = set()
         self.total = int(np.prod(store.layout.grid))
@@ -285,23 +289,20 @@ class _Run:
         if index is None:
             return None
         blocks = self.plan.meeting(self.store.layout.box_of(index))
-        hull = _hull(blocks, self.model.config, self.volume.shape)
-        reach = foreground_reach(hull, self.volume.shape)
-        with self._timed("read"):
-            voxels = np.asarray(self.volume.voxels[reach])
-        with self._timed("select"):
-            part = Part(voxels, reach, self.volume.shape)
-            return index, part, self._jobs(blocks, part, reach)
+        start, read_before = time.perf_counter(), self.seconds["read"]
+        jobs = occupied_windows(blocks, self.selection and self.selection.tokens, self.model.config)
+        self.seconds["select"] += time.perf_counter() - start - (self.seconds["read"] - read_before)
+        if not jobs:
+            return index, None, []
+        hull = _hull([window for window, _, _ in jobs], self.volume.shape)
+        return index, Part(self._voxels(hull), hull, self.volume.shape), jobs
 
-    def _jobs(self, blocks: list[Block], part: Part, reach: Box) -> list[Job]:
-        if part.dtype.kind == "f" and not np.isfinite(part.voxels).all():
-            raise ValueError(f"The volume holds NaN or infinite voxels in {_said(reach)}; replace them before use.")
-        if self.select and _is_plain(part.voxels, self.statistics):
-            return []
-        mask = None
-        if self.select:
-            mask = Part(self.processor.foreground(part.voxels, self.statistics), reach, part.shape)
-        return occupied_windows(blocks, mask, self.processor, self.model.config)
+    def _voxels(self, box: Box) -> np.ndarray:
+        with self._timed("read"):
+            voxels = np.asarray(self.volume.voxels[box])
+        if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
+            raise ValueError(f"The volume holds NaN or infinite voxels in {_said(box)}; replace them before use.")
+        return voxels
 
     def _probability(self, index: Index, part: Part, jobs: list[Job]) -> np.ndarray | None:
         """The box, float32, as the windows gave it; None where it holds nothing."""
@@ -356,22 +357,10 @@ def _lease_name(index: Index) -> str:
     return ".".join(map(str, index))
 
 
-def _hull(blocks: list[Block], config, shape) -> Box:
-    """All that the windows of these blocks see; with `center_slice` they reach beyond what they write."""
-    margin = [read // 2 - write // 2 for read, write in zip(config.volume_size, config.output_size, strict=True)]
-    starts, sizes = np.array([block.start for block in blocks]), config.volume_size
-    low, high = starts.min(axis=0) - margin, starts.max(axis=0) - margin + sizes
-    return tuple(slice(max(int(a), 0), min(int(b), n)) for a, b, n in zip(low, high, shape, strict=True))
-
-
-def _is_plain(voxels: np.ndarray, statistics: IntensityStatistics) -> bool:
-    """No voxel can rise above any ground there may be: most of a sparse volume costs two passes and no more."""
-    if not statistics.sure:
-        return False
-    low, high = float(voxels.min()), float(voxels.max())
-    ceiling = statistics.ceiling if statistics.ceiling is not None else (low if statistics.sign > 0 else high)
-    rise = high - min(low, ceiling) if statistics.sign > 0 else max(high, ceiling) - low
-    return rise <= statistics.threshold
+def _hull(windows: list[Block], shape: tuple[int, int, int]) -> Box:
+    """The smallest box that holds what these windows see of the volume."""
+    seen = np.array([[(i.start, i.stop) for i in window.inside(shape)] for window in windows])
+    return tuple(map(slice, seen[..., 0].min(axis=0).tolist(), seen[..., 1].max(axis=0).tolist()))
 
 
 def _said(box: Box) -> str:

@@ -45,8 +45,9 @@ def predict(
     """
     statistics = statistics or processor.measure(voxels)
     mask = processor.foreground(voxels, statistics) if select else None
+    tokens = None if mask is None else lambda window: processor.token_mask(window.read(mask))
     plan = window_plan(voxels.shape, model.config)
-    jobs = occupied_windows(plan, mask, processor, model.config)
+    jobs = occupied_windows(plan, tokens, model.config)
     todo = progress(list(batches(jobs, batch_size)))
     results = predict_batches(model, voxels, todo, processor, statistics)
     return without_faint(assemble(plan, results))
@@ -62,11 +63,11 @@ def window_plan(shape: tuple[int, int, int], config) -> BlockPlan:
     return BlockPlan(shape, config.output_size, overlap, step=config.painted_size)
 
 
-def occupied_windows(plan: Iterable[Block], mask, processor: ViT3DImageProcessor, config) -> list[Job]:
+def occupied_windows(plan: Iterable[Block], selected: Callable[[Block], np.ndarray] | None, config) -> list[Job]:
     """(window to read, block to write, token mask) of each block with a token, fewest tokens first.
 
-    `mask` is bool, the volume's shape: where a neurite may be; None is everywhere. With `center_slice` the window
-    reaches beyond the one slice it writes.
+    `selected`: the token mask of a window; None keeps all tokens. With `center_slice` the window reaches beyond the
+    one slice it writes.
     """
     sizes = zip(config.volume_size, config.output_size, strict=True)
     margin = [read // 2 - write // 2 for read, write in sizes]
@@ -74,7 +75,7 @@ def occupied_windows(plan: Iterable[Block], mask, processor: ViT3DImageProcessor
     for write in plan:
         start = tuple(s - m for s, m in zip(write.start, margin, strict=True))
         read = Block(start, config.volume_size)
-        tokens = np.ones(config.grid_size, dtype=bool) if mask is None else processor.token_mask(read.read(mask))
+        tokens = np.ones(config.grid_size, dtype=bool) if selected is None else selected(read)
         if tokens.any():
             jobs.append((read, write, tokens))
     return sorted(jobs, key=lambda job: int(job[2].sum()))

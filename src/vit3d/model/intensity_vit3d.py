@@ -21,7 +21,7 @@ _SAMPLE_VOXELS = 12_000_000  # statistics of a larger volume come from groups of
 _MIN_GROUPS = 4
 _PROBES, _PROBE = 128, (12, 96, 96)  # where a few slices alone would be too many voxels: boxes all over the volume
 _TILE = (16, 64, 128)  # blurred at once: in the cache
-_CELL = (4, 16, 16)  # voxels over which the ground is averaged; whole cells make a tile
+CELL = (4, 16, 16)  # voxels over which the ground is averaged; whole cells make a tile
 _MIN_CONTRAST = 3.0  # upper bound at least this many noises above the background
 
 
@@ -153,7 +153,7 @@ def foreground(voxels, statistics: IntensityStatistics) -> np.ndarray:
     for box, raised in _rises(voxels, ground, rise > statistics.threshold, sign):
         clear[box] = raised > statistics.threshold
     beside, faint = _beside(clear), BESIDE_FACTOR * statistics.noise
-    cells = occupied_patches(beside, tuple(c // b for c, b in zip(_CELL, _BESIDE, strict=True)))
+    cells = occupied_patches(beside, tuple(c // b for c, b in zip(CELL, _BESIDE, strict=True)))
     for box, raised in _rises(voxels, ground, cells & (rise > faint), sign):
         blocks = tuple(slice(b.start // size, -(-b.stop // size)) for b, size in zip(box, _BESIDE, strict=True))
         clear[box] |= _repeated(beside[blocks], _BESIDE, raised.shape) & (raised > faint)
@@ -164,8 +164,8 @@ def _rises(voxels, ground: np.ndarray, cells: np.ndarray, sign: float):
     """(box, its blurred voxels' rise above their cells' ground), for boxes around the True `cells`."""
     for box, inside in _boxes_around(cells, np.shape(voxels)):
         raised = _blurred(voxels, box)
-        for z, level in zip(range(0, len(raised), _CELL[0]), ground[inside], strict=True):
-            raised[z : z + _CELL[0]] -= _repeated(level, _CELL[1:], raised.shape[1:])
+        for z, level in zip(range(0, len(raised), CELL[0]), ground[inside], strict=True):
+            raised[z : z + CELL[0]] -= _repeated(level, CELL[1:], raised.shape[1:])
         yield box, raised if sign > 0 else np.negative(raised, out=raised)
 
 
@@ -173,7 +173,7 @@ def _beside(mask: np.ndarray) -> np.ndarray:
     """Which blocks of `_BESIDE` voxels hold a True voxel or touch one that does, by a face, edge or corner; as many
     blocks as whole cells have."""
     blocks = occupied_patches(mask, _BESIDE)
-    whole = [-(-size // cell) * (cell // block) for size, cell, block in zip(mask.shape, _CELL, _BESIDE, strict=True)]
+    whole = [-(-size // cell) * (cell // block) for size, cell, block in zip(mask.shape, CELL, _BESIDE, strict=True)]
     blocks = np.pad(blocks, [(0, many - count) for many, count in zip(whole, blocks.shape, strict=True)])
     for axis, count in enumerate(blocks.shape):
         padded = np.pad(blocks, [(1, 1) if a == axis else (0, 0) for a in range(3)])
@@ -188,7 +188,7 @@ def foreground_reach(box: tuple[slice, ...], shape: tuple[int, int, int]) -> tup
 
     With statistics that hold a `ceiling`, `foreground` of that part is, inside the box, that of the whole volume.
     """
-    axes = zip(box, _CELL, shape, strict=True)
+    axes = zip(box, CELL, shape, strict=True)
     return tuple(
         slice(max(b.start // cell - 3, 0) * cell, min((-(-b.stop // cell) + 3) * cell, size)) for b, cell, size in axes
     )
@@ -259,23 +259,23 @@ def _level(means: np.ndarray) -> np.ndarray:
 def _cell_means(voxels) -> np.ndarray:
     """Mean grey level of each cell, float32, borders repeated. First axes first: many voxels at a time."""
     layers = []
-    for z in range(0, np.shape(voxels)[0], _CELL[0]):
-        slab = np.asarray(voxels[z : z + _CELL[0]])
-        pads = [(0, -size % cell) for size, cell in zip(slab.shape, _CELL, strict=True)]
+    for z in range(0, np.shape(voxels)[0], CELL[0]):
+        slab = np.asarray(voxels[z : z + CELL[0]])
+        pads = [(0, -size % cell) for size, cell in zip(slab.shape, CELL, strict=True)]
         slab = np.pad(slab, pads, mode="edge") if any(map(any, pads)) else slab
         few = np.uint16 if slab.dtype == np.uint8 else np.float32  # holds the sum of a column of a cell
-        total = np.add.reduce(slab, axis=0, dtype=few).reshape(-1, _CELL[1], slab.shape[2])
-        total = np.add.reduce(total, axis=1, dtype=np.float32).reshape(len(total), -1, _CELL[2])
-        layers.append(np.add.reduce(total, axis=2) / np.float32(np.prod(_CELL)))
+        total = np.add.reduce(slab, axis=0, dtype=few).reshape(-1, CELL[1], slab.shape[2])
+        total = np.add.reduce(total, axis=1, dtype=np.float32).reshape(len(total), -1, CELL[2])
+        layers.append(np.add.reduce(total, axis=2) / np.float32(np.prod(CELL)))
     return np.stack(layers)
 
 
 def _cell_extremes(voxels, larger: np.ufunc) -> np.ndarray:
     """The largest (`larger` np.minimum: smallest) voxel that any blurred voxel of a cell sees, float32."""
     (deep, *halo), layers = blur_halo(), []
-    for z in range(0, np.shape(voxels)[0], _CELL[0]):
-        plane = larger.reduce(voxels[max(z - deep, 0) : z + _CELL[0] + deep], axis=0)
-        for axis, (cell, around) in enumerate(zip(_CELL[1:], halo, strict=True)):
+    for z in range(0, np.shape(voxels)[0], CELL[0]):
+        plane = larger.reduce(voxels[max(z - deep, 0) : z + CELL[0] + deep], axis=0)
+        for axis, (cell, around) in enumerate(zip(CELL[1:], halo, strict=True)):
             pads = [(around, around + -plane.shape[a] % cell) if a == axis else (0, 0) for a in range(2)]
             wide = np.pad(plane, pads, mode="edge")
             windows = np.lib.stride_tricks.sliding_window_view(wide, cell + 2 * around, axis)
@@ -298,8 +298,8 @@ def _without(blurred: list[np.ndarray], grounds: list[np.ndarray], thin: int) ->
     """One in `thin` of the voxels of each slab, flat, as they stand out from the ground of their cells."""
     parts = []
     for part, ground in zip(blurred, grounds, strict=True):
-        for z, level in zip(range(0, len(part), _CELL[0]), ground, strict=True):
-            raised = (part[z : z + _CELL[0]] - _repeated(level, _CELL[1:], part.shape[1:])).reshape(-1)
+        for z, level in zip(range(0, len(part), CELL[0]), ground, strict=True):
+            raised = (part[z : z + CELL[0]] - _repeated(level, CELL[1:], part.shape[1:])).reshape(-1)
             parts.append(raised[-z * part[0].size % thin :: thin].copy())
     return np.concatenate(parts)
 
@@ -337,11 +337,11 @@ def _tiles(shape: tuple[int, int, int]):
 def _boxes_around(cells: np.ndarray, shape: tuple[int, int, int]):
     """(box of voxels, box of cells) around the True cells of each tile of a volume."""
     for tile in _tiles(shape):
-        corner = [t.start // cell for t, cell in zip(tile, _CELL, strict=True)]
-        inside = cells[tuple(slice(c, -(-t.stop // cell)) for c, t, cell in zip(corner, tile, _CELL, strict=True))]
+        corner = [t.start // cell for t, cell in zip(tile, CELL, strict=True)]
+        inside = cells[tuple(slice(c, -(-t.stop // cell)) for c, t, cell in zip(corner, tile, CELL, strict=True))]
         if inside.any():
             low, high = (edge(np.nonzero(inside), axis=1) + corner for edge in (np.min, np.max))
-            ends = zip(low.tolist(), (high + 1).tolist(), _CELL, shape, strict=True)
+            ends = zip(low.tolist(), (high + 1).tolist(), CELL, shape, strict=True)
             yield (
                 tuple(slice(a * cell, min(b * cell, size)) for a, b, cell, size in ends),
                 tuple(map(slice, low.tolist(), (high + 1).tolist())),
