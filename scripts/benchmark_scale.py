@@ -18,7 +18,7 @@ import random
 import re
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -44,6 +44,7 @@ SHAPE, QUARTER, TILE = (1024, 2048, 2048), (455, 1536, 1536), (128, 512, 512)
 CHUNK, NEURONS_PER_TILE = (64, 128, 128), 0.2
 BUDGET_BYTES = int(1.5 * 2**30)
 REPEATS, WAIT_S = 3, 0.020  # of the overhead; what a window may take on a GPU
+OVERHEAD_DEPTHS = (256, 768)  # two boxes and six: both runs begin alike, with two tiles to scan before the first window
 KILLS, CRASH_SHAPE, CRASH_BOX = 25, (128, 128, 192), (64, 64, 64)
 BRAIN_VOXELS, BRAIN_SHAPE, GPUS = 3.09e12, (14192, 20480, 10640), 8
 GPU_FLOPS, CORES_PER_GPU, DOLLARS_PER_GPU_HOUR = 30e12, 8, 1.0  # assumed: bf16 reached, node, price
@@ -121,10 +122,22 @@ def small_volume(path: Path, shape: tuple[int, int, int]) -> None:
 # ---------------------------------------------------------------- one process
 
 
-def work(source: Path, out: Path, network: dict, options: RunOptions, select=True, measured=False, report=None) -> None:
-    """A rank; what it took goes into the queue `report`. `measured`: with the volume's grey levels known before."""
+def work(
+    source: Path,
+    out: Path,
+    network: dict,
+    options: RunOptions,
+    select=True,
+    measured=False,
+    in_memory=False,
+    report=None,
+) -> None:
+    """A rank; what it took goes into the queue `report`. `measured`: with the volume's grey levels known before.
+    `in_memory`: with the whole volume read before."""
     torch.set_num_threads(1)
     model, volume = Stub(**network), open_volume(source, spacing_um=(1.0, 0.33, 0.33))
+    if in_memory:
+        volume = replace(volume, voxels=np.asarray(volume.voxels))
     statistics = ViT3DImageProcessor.from_config(model.config).measure(volume.voxels) if measured else None
     start, cpu = time.perf_counter(), time.process_time()
     outcome = segment_store(model, volume, out, select=select, statistics=statistics, options=options)
@@ -133,16 +146,6 @@ def work(source: Path, out: Path, network: dict, options: RunOptions, select=Tru
         took = {"wall_s": time.perf_counter() - start, "cpu_s": time.process_time() - cpu}
         took |= {"model_cpu_s": model.cpu_s, "model_wall_s": model.wall_s}
         report.put({**asdict(outcome), **took, "box": box, "shape": volume.shape, "finished": time.time()})
-
-
-def reading_cpu_s(source: Path, parts: list, report) -> None:
-    """The processor time that reading alone takes: the same boxes, nothing else."""
-    volume = open_volume(source)
-    volume.voxels[parts[0]]
-    start = time.process_time()
-    for part in parts:
-        volume.voxels[part]
-    report.put(time.process_time() - start)
 
 
 class Team:
@@ -203,40 +206,46 @@ def memory(team: Team, folder: Path, numbers: dict) -> str:
 def overhead(team: Team, folder: Path, numbers: dict) -> str:
     """Slopes between two volumes whose grey levels are known, so that what is done once is not counted.
 
-    The run with a network that waits tells how much longer it takes than its network: wall time, reading included.
+    The run with a network that waits tells how much longer it takes than its network, with the volume in memory and,
+    reading included, on disk.
     """
-    sizes = {"volume_size": (96, 96, 96), "patch_size": (8, 8, 8)}
+    sizes, times = (
+        {"volume_size": (96, 96, 96), "patch_size": (8, 8, 8)},
+        ("cpu_s", "wall_s", "model_cpu_s", "model_wall_s"),
+    )
 
-    def slope(select: bool, window_s: float) -> dict:
+    def slope(select: bool, window_s: float, in_memory: bool) -> dict:
         took = []
-        for depth in (128, 384):
+        for depth in OVERHEAD_DEPTHS:
             source, out = folder / f"overhead{depth}.zarr", clean(folder / "overhead-out.zarr")
             small_volume(source, (depth, 512, 512))
-            options = RunOptions(box=(128, 512, 512))
-            run = team.run(source, out, {**sizes, "window_s": window_s}, options, select=select, measured=True)
-            spans = [slice(max(z - 120, 0), min(z + 248, depth)) for z in range(0, depth, 128)]
-            reads = [(span, slice(None), slice(None)) for span in spans]
-
-            run["read_cpu_s"] = team.run(source, reads, target=reading_cpu_s)
-            took.append(run)
+            known = {"select": select, "measured": True, "in_memory": in_memory}
+            took.append(
+                team.run(source, out, {**sizes, "window_s": window_s}, RunOptions(box=(128, 512, 512)), **known)
+            )
             shutil.rmtree(out)
-        few, many = took
-        times = ("cpu_s", "wall_s", "read_cpu_s", "model_cpu_s", "model_wall_s", "windows")
-        run = {key: many[key] - few[key] for key in times}
-        seconds = {
-            "engine CPU ms": run["cpu_s"] - run["read_cpu_s"] - run["model_cpu_s"],
-            "added wall ms": run["wall_s"] - run["model_wall_s"],
-        }
-        return {"windows": run["windows"], **{key: 1000 * took / run["windows"] for key, took in seconds.items()}}
+        run = {key: took[1][key] - took[0][key] for key in ("windows", *times)}
+        per_window = {key: 1000 * run[key] / run["windows"] for key in times}
+        added = {kind: per_window[f"{kind}_s"] - per_window[f"model_{kind}_s"] for kind in ("wall", "cpu")}
+        return {"windows": run["windows"], **added}
 
     rows = []
     for select, window_s in ((False, 0.0), (False, WAIT_S), (True, 0.0), (True, WAIT_S)):
-        slopes = [slope(select, window_s) for _ in range(REPEATS)]
-        row = {"patches": "selected" if select else "all", "windows": slopes[0]["windows"]}
+        slopes = {
+            place: [slope(select, window_s, place == "memory") for _ in range(REPEATS)] for place in ("memory", "disk")
+        }
+        row = {"patches": "selected" if select else "all", "windows": slopes["disk"][0]["windows"]}
         row["network"] = f"waits {1000 * window_s:.0f} ms per window" if window_s else "immediate"
-        for key in ("engine CPU ms", "added wall ms"):
-            values = [each[key] for each in slopes]
-            row |= {f"{key} per window": median(values), f"{key} from .. to": f"{min(values):.1f} .. {max(values):.1f}"}
+        for name, place, key in (
+            ("added wall", "memory", "wall"),
+            ("added wall with reading", "disk", "wall"),
+            ("CPU", "memory", "cpu"),
+        ):
+            values = [each[key] for each in slopes[place]]
+            row |= {
+                f"{name}, ms per window": median(values),
+                f"{name}, from .. to": f"{min(values):.1f} .. {max(values):.1f}",
+            }
         rows.append(row)
     numbers["overhead"] = rows
     return markdown_table(rows)
@@ -331,7 +340,7 @@ def plan(team: Team, folder: Path, numbers: dict) -> str:
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         network(torch.zeros(1, 1, *network.config.volume_size, dtype=network.dtype))
     flops = counter.get_total_flops()
-    engine_s = dense["engine CPU ms per window"] / 1000 * np.prod(network.config.volume_size) / 96**3
+    engine_s = dense["CPU, ms per window"] / 1000 * np.prod(network.config.volume_size) / 96**3
     cores = GPUS * CORES_PER_GPU
     rows = [
         ("read and decode", read * BRAIN_VOXELS, cores),
