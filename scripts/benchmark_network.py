@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python scripts/benchmark_network.py --data ../shared/data/op --card model_cards/network/README.md
 
 Needs the extra `bench`. Weights other than vit3d-tiny's are random: they cost the same. Writes the card's generated
-sections, speed.json and speed.png beside it. About fifteen minutes on one core of an EPYC with AVX512-BF16.
+sections, speed.json and speed.png beside it. About fifteen minutes on one core of an EPYC with AVX512-BF16. `--fp32` is
+for a processor that does not multiply bf16: inference alone, in fp32, into sections of its own.
 
 This network is timed on whole `segment` calls. A peer is timed on one window of the stack under MONAI's
 `sliding_window_inference` (overlap 0.25, Gaussian) and scaled by the windows it needs for the whole stack; a window is
@@ -235,10 +236,10 @@ def training_rows() -> list[dict]:
     return rows
 
 
-def bars(rows: list[dict]) -> list[dict]:
-    """What the design promises, beside what was measured; bf16."""
-    seconds = {(row["stack"], row["tool"]): row["seconds"] for row in rows if row["dtype"] == "bf16"}
-    share = next(r["of GEMM"] for r in rows if (r["stack"], r["tool"], r["dtype"]) == ("dense", "vit3d base", "bf16"))
+def bars(rows: list[dict], dtype: str) -> list[dict]:
+    """What the design promises (in bf16), beside what was measured in `dtype`."""
+    seconds = {(row["stack"], row["tool"]): row["seconds"] for row in rows if row["dtype"] == dtype}
+    share = next(r["of GEMM"] for r in rows if (r["stack"], r["tool"], r["dtype"]) == ("dense", "vit3d base", dtype))
     promised = [(stack, *pair) for stack in STACKS for pair in (("UNETR", "base", 20), ("UNETR", "tiny", 60))]
     promised += [*((stack, "BasicUNet", "tiny", 15) for stack in STACKS), ("dense", "UNETR", "tiny", 3)]
     table = []
@@ -269,31 +270,39 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--card", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--fp32", action="store_true")
     args = parser.parse_args()
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     torch.manual_seed(0)
-    volumes = {name: read_volume(args.data / f"{name}.tif", spacing_um=SPACING_UM) for name in STACKS} | {"dense": None}
-    rows = []
-    for name, volume in volumes.items():
-        for dtype, tools in (("bf16", (*OURS, *PEERS)), ("fp32", IN_FP32 if name == STACKS[-1] else ())):
-            jobs = [(our_job if tool in OURS else peer_job)(name, tool, dtype, volume) for tool in tools]
-            if dtype == "bf16":
-                gflop = dict(zip(tools, work(jobs), strict=True))
-            rows += timed(jobs, [gflop[tool] for tool in tools], args.repeats if dtype == "bf16" else 1)
-            fill_card(args.card, "inference", markdown_table(rows))  # a run that is interrupted leaves what it has
-    trained = training_rows()
-    fill_card(args.card, "training", markdown_table(trained))
-    memory = memory_rows(args.data)
-    fill_card(args.card, "memory", markdown_table(memory))
-    facts = {"processor": processor_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    facts |= {"monai": version("monai"), "preferred dtype": str(preferred_dtype("cpu")).removeprefix("torch.")}
-    facts |= {f"GEMM {dtype}, GFLOP/s": round(gemm_speed(dtype)) for dtype in DTYPES}
-    sections = {"machine": [facts], "bars": bars(rows), "inference": rows, "training": trained, "memory": memory}
+    dtype, tools = ("fp32", IN_FP32) if args.fp32 else ("bf16", (*OURS, *PEERS))
+    suffix, rows = " fp32" if args.fp32 else "", []
+    for name in (*STACKS, "dense"):
+        volume = None if name == "dense" else read_volume(args.data / f"{name}.tif", spacing_um=SPACING_UM)
+        jobs = jobs_of(name, tools, dtype, volume)
+        gflop = dict(zip(tools, work(jobs), strict=True))
+        rows += timed(jobs, list(gflop.values()), args.repeats)
+        if not args.fp32 and name == STACKS[-1]:
+            rows += timed(jobs_of(name, IN_FP32, "fp32", volume), [gflop[tool] for tool in IN_FP32], 1)
+        fill_card(args.card, f"inference{suffix}", markdown_table(rows))  # interrupted, a run leaves what it has
+    sections = {"machine": [facts()], "bars": bars(rows, dtype), "inference": rows}
+    if not args.fp32:
+        sections |= {"training": training_rows(), "memory": memory_rows(args.data)}
+        draw(rows, args.card.with_name("speed.png"))
     for section, table in sections.items():
-        fill_card(args.card, section, markdown_table(table))
-    args.card.with_name("speed.json").write_text(json.dumps(sections, indent=1) + "\n")
-    draw(rows, args.card.with_name("speed.png"))
+        fill_card(args.card, f"{section}{suffix}", markdown_table(table))
+    name = "speed-fp32.json" if args.fp32 else "speed.json"
+    args.card.with_name(name).write_text(json.dumps(sections, indent=1) + "\n")
+
+
+def jobs_of(stack: str, tools: tuple[str, ...], dtype: str, volume: Volume | None) -> list[Job]:
+    return [(our_job if tool in OURS else peer_job)(stack, tool, dtype, volume) for tool in tools]
+
+
+def facts() -> dict:
+    found = {"processor": processor_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    found |= {"monai": version("monai"), "preferred dtype": str(preferred_dtype("cpu")).removeprefix("torch.")}
+    return found | {f"GEMM {dtype}, GFLOP/s": round(gemm_speed(dtype)) for dtype in DTYPES}
 
 
 def processor_name() -> str:
