@@ -8,7 +8,7 @@ no training makes (`unlike_stacks.py`) tell how often it fails elsewhere, beside
 four minutes on one CPU core.
 
 `--candidates FOLDER ...` scores checkpoints that might ship instead, and writes nothing but the card's table of them:
-one line of `candidates.jsonl` beside it for each, called as its folder is.
+one line of `candidates.jsonl` beside it for each, called as its folder is (an earlier one of that name goes).
 """
 
 import argparse
@@ -131,10 +131,10 @@ def compare(folders: list[Path], args) -> None:
     store = args.card.with_name("candidates.jsonl")
     for folder in folders:
         row = candidate_row(folder.name, scores(str(folder), args.data, args.selected_on))
-        with store.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        rows = [json.loads(line) for line in store.read_text().splitlines()]
-        rows = [dict.fromkeys(row, "-") | each for each in sorted(rows, key=lambda row: row["weights"])]
+        others = map(json.loads, store.read_text().splitlines() if store.exists() else [])
+        rows = sorted([row, *(o for o in others if o["weights"] != folder.name)], key=lambda row: row["weights"])
+        store.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = [dict.fromkeys(row, "-") | each for each in rows]
         fill_card(args.card, "candidates", markdown_table(rows))  # "-": a kind that there was not yet
 
 
