@@ -14,6 +14,7 @@ import sys
 import termios
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -158,7 +159,16 @@ def test_what_is_selected_tile_by_tile_is_what_the_whole_volume_selects(
     assert [job[:2] for job in found] == [job[:2] for job in expected]
     assert all(np.array_equal(one[2], other[2]) for one, other in zip(found, expected, strict=True))
     assert 0 < np.mean([tokens.mean() for *_, tokens in expected]) < 0.9
-    assert (len(read) == np.prod(layout.grid)) != (kept_bytes is not None)
+    num_tiles = np.prod([-(-n // (64 // p * p)) for n, p in zip(shape, patch, strict=True)])
+    assert (len(read) == num_tiles) != (kept_bytes is not None)
+
+
+def test_a_tile_that_no_voxel_leaves_by_more_than_rounding_is_scanned():
+    statistics = replace(measure(neuron()), background=7.0, noise=1.0, bright=100.0, ceiling=7.0)
+    voxels = np.full((20, 40, 40), 7, np.uint8)
+    assert selection._is_plain(voxels, statistics)
+    voxels[5] = 7 + statistics.threshold
+    assert not selection._is_plain(voxels, statistics)
 
 
 def test_measuring_a_whole_volume_finds_the_ceiling_that_it_would_take_from_the_voxels():

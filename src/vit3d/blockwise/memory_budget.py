@@ -40,7 +40,8 @@ def working_bytes(layout: Layout, config, volume: Volume) -> int:
     itemsize = np.dtype(volume.voxels.dtype).itemsize
     decoding = 2 * (os.cpu_count() or 1) * float(np.prod(chunks, dtype=float)) * itemsize
     known = min(KEPT_BYTES, np.prod(layout.shape, dtype=float) / 8)
-    coming = max(seen * itemsize, scanned * (itemsize + 1))
+    finite = np.dtype(volume.voxels.dtype).kind == "f"  # asked voxel by voxel
+    coming = max(seen * (itemsize + finite), scanned * (itemsize + 2))  # the mask, and a copy that is cut or filled up
     return int(seen * itemsize + coming + 2 * 4 * np.prod(layout.box, dtype=float) + known + decoding)
 
 

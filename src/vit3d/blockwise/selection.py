@@ -3,7 +3,6 @@
 from collections import OrderedDict
 from collections.abc import Callable
 from itertools import product
-from math import gcd
 
 import numpy as np
 
@@ -19,8 +18,8 @@ class Selection:
     """Token masks of any window of a volume, those that the mask of the whole volume would give.
 
     The windows of a write box reach far into its neighbours, whose own windows reach back: to scan what each box sees
-    would be to scan the volume four times. So each tile (a write box) is scanned once, and one bit per grain is kept:
-    a patch, or less where windows do not begin at whole patches.
+    would be to scan the volume four times. So each tile (about a write box, in whole patches) is scanned once, and one
+    bit per grain is kept: a patch, or a voxel along an axis where windows do not begin at whole patches.
 
     Args:
         read: the voxels of a box of the volume.
@@ -37,13 +36,13 @@ class Selection:
     ):
         self._read, self._layout, self._processor, self._statistics = read, layout, processor, statistics
         self._patch = config.patch_size
-        sizes = zip(layout.shape, config.volume_size, config.output_size, config.patch_size, layout.box, strict=True)
+        self._size = tuple(max(b // p, 1) * p for b, p in zip(layout.box, config.patch_size, strict=True))
+        sizes = zip(layout.shape, config.volume_size, config.output_size, config.patch_size, strict=True)
         self._grain = tuple(
-            gcd(patch, box) if extent > window and window == output else 1
-            for extent, window, output, patch, box in sizes
+            patch if extent > window and window == output else 1 for extent, window, output, patch in sizes
         )
         self.shape = tuple(-(-n // g) for n, g in zip(layout.shape, self._grain, strict=True))
-        self._tile = tuple(b // g for b, g in zip(layout.box, self._grain, strict=True))
+        self._tile = tuple(n // g for n, g in zip(self._size, self._grain, strict=True))
         self._known: OrderedDict[Index, np.ndarray] = OrderedDict()
 
     def tokens(self, window: Block) -> np.ndarray:
@@ -63,20 +62,23 @@ class Selection:
             met = [(max(b.start, i * t), min(b.stop, (i + 1) * t)) for b, i, t in axes]
             there = tuple(slice(a - b.start, z - b.start) for (a, z), (b, _, _) in zip(met, axes, strict=True))
             inside = tuple(slice(a - i * t, z - i * t) for (a, z), (_, i, t) in zip(met, axes, strict=True))
-            found[there] = self._grains(index)[inside]
+            bits = self._bits(index)[inside[:2]]
+            found[there] = np.unpackbits(bits, axis=2, count=self._tile[2]).view(bool)[..., inside[2]]
         return found
 
-    def _grains(self, index: Index) -> np.ndarray:
-        """Those of one tile, which is scanned when it is met first, or again after long."""
+    def _bits(self, index: Index) -> np.ndarray:
+        """The grains of one tile, packed along x; it is scanned when it is met first, or again after long."""
         bits = self._known.pop(index, None)
         if bits is None:
-            bits = np.packbits(self._scanned(self._layout.box_of(index)), axis=2)
+            bits = np.packbits(self._scanned(index), axis=2)
         self._known[index] = bits  # the last one used comes last
         while len(self._known) * bits.nbytes > KEPT_BYTES and len(self._known) > 1:
             self._known.popitem(last=False)
-        return np.unpackbits(bits, axis=2, count=self._tile[2]).view(bool)
+        return bits
 
-    def _scanned(self, box: Box) -> np.ndarray:
+    def _scanned(self, index: Index) -> np.ndarray:
+        axes = zip(index, self._size, self._layout.shape, strict=True)
+        box = tuple(slice(i * size, min((i + 1) * size, extent)) for i, size, extent in axes)
         reach = foreground_reach(box, self._layout.shape)
         voxels, grains = self._read(reach), np.zeros(self._tile, dtype=bool)
         if not _is_plain(voxels, self._statistics):
@@ -91,4 +93,5 @@ def _is_plain(voxels: np.ndarray, statistics: IntensityStatistics) -> bool:
     low, high = float(voxels.min()), float(voxels.max())
     ceiling = statistics.ceiling if statistics.ceiling is not None else (low if statistics.sign > 0 else high)
     rise = high - min(low, ceiling) if statistics.sign > 0 else max(high, ceiling) - low
-    return rise <= statistics.threshold
+    rounding = 1e-6 * max(abs(low), abs(high))  # what the blur may add, as in `foreground`
+    return rise + rounding <= statistics.threshold
