@@ -168,21 +168,41 @@ class Team:
         """One process to its end; what it reported."""
         report = (self.fresh if fresh else self.context).Queue()
         process = self.start(*arguments, fresh=fresh, target=target, report=report, **options)
-        result = report.get()
+        ended([process])
+        return report.get()
+
+
+def statuses(processes: list) -> list[int]:
+    for process in processes:
         process.join()
-        return result
+    return [process.exitcode for process in processes]
+
+
+def ended(processes: list) -> None:
+    """Wait for them; what they report is small enough to wait in the pipe."""
+    if any(statuses(processes)):
+        raise SystemExit("A process of this run failed; what it said stands above.")
 
 
 # ---------------------------------------------------------------- parts
 
 
 def memory(team: Team, folder: Path, numbers: dict) -> str:
-    rows = []
-    for name, shape in (("quarter", QUARTER), ("whole", SHAPE)):
-        sparse_volume(folder / f"{name}.zarr", shape)
+    """The two volumes in turn; medians."""
+    shapes, runs = {"quarter": QUARTER, "whole": SHAPE}, {"quarter": [], "whole": []}
+    for name in [*shapes] * REPEATS:
+        sparse_volume(folder / f"{name}.zarr", shapes[name])
         out = clean(folder / f"{name}-out.zarr")
         took = team.run(folder / f"{name}.zarr", out, {}, RunOptions(memory_bytes=BUDGET_BYTES), fresh=True)
-        stages = {f"{stage} s": round(seconds, 1) for stage, seconds in sorted(took["seconds"].items())}
+        runs[name].append(took)
+        shutil.rmtree(out)
+    rows = []
+    for name, shape in shapes.items():
+        took, peaks = runs[name][-1], [each["peak_bytes"] / 2**30 for each in runs[name]]
+        times = {f"{kind} s": median(each[f"{kind.lower()}_s"] for each in runs[name]) for kind in ("wall", "CPU")}
+        stages = {
+            f"{stage} s": median(each["seconds"][stage] for each in runs[name]) for stage in sorted(took["seconds"])
+        }
         rows.append(
             {
                 "volume": " x ".join(map(str, shape)),
@@ -190,14 +210,12 @@ def memory(team: Team, folder: Path, numbers: dict) -> str:
                 "write box": " x ".join(map(str, took["box"])),
                 "boxes": took["boxes"],
                 "windows": took["windows"],
-                "peak GiB": took["peak_bytes"] / 2**30,
-                "wall s": round(took["wall_s"], 1),
-                "CPU s": round(took["cpu_s"], 1),
-                **stages,
+                "peak GiB": median(peaks),
+                "from .. to": f"{min(peaks):.3f} .. {max(peaks):.3f}",
+                **{key: round(seconds, 1) for key, seconds in (times | stages).items()},
             }
         )
         numbers[f"memory {name}"] = {k: v for k, v in took.items() if k != "store"}
-        shutil.rmtree(out)
     ratio = rows[1]["peak GiB"] / rows[0]["peak GiB"]
     budget = f"Budget {BUDGET_BYTES / 2**30:.1f} GiB. The whole volume's peak is {ratio:.3f} of its quarter's."
     return f"{markdown_table(rows)}\n\n{budget}"
@@ -260,9 +278,8 @@ def ranks(team: Team, folder: Path, numbers: dict) -> str:
         report = team.context.Queue()
         options = [RunOptions(box=(64, 256, 256), rank=rank, ranks=count) for rank in range(count)]
         processes = [team.start(source, out, network, option, select=False, report=report) for option in options]
+        ended(processes)
         done = [report.get() for _ in processes]
-        for process in processes:
-            process.join()
         begun = min(each["finished"] - each["wall_s"] for each in done)  # Python and torch are loaded
         wall = max(each["finished"] for each in done) - begun
         rows.append({"ranks": count, "boxes": "+".join(str(each["boxes"]) for each in done), "wall s": wall})
@@ -278,16 +295,11 @@ def crash(team: Team, folder: Path, numbers: dict) -> str:
         options = [RunOptions(box=CRASH_BOX, rank=rank, ranks=count) for rank in range(count)]
         return [team.start(source, out, network, option) for option in options]
 
-    def ended(processes: list) -> list[int]:
-        for process in processes:
-            process.join()
-        return [process.exitcode for process in processes]
-
     rows, luck = [], random.Random(0)
     for count in (1, 2):
         for _ in range(2):  # the first warms up
             out, begun = clean(folder / "crash-out.zarr"), time.monotonic()
-            ended(start(out, count))
+            statuses(start(out, count))
             seconds = time.monotonic() - begun
         expected = shards(out)
         kills = late = lost = unequal = kept = 0
@@ -297,17 +309,17 @@ def crash(team: Team, folder: Path, numbers: dict) -> str:
             time.sleep(luck.uniform(0.3, 0.95) * seconds)
             for process in processes:
                 process.kill()
-            ended(processes)
+            statuses(processes)
             if out.exists():
                 late += 1
                 continue
             kills += 1
             begun_boxes = len(list((partial_path(out) / "0/.vit3d/leases").glob("[0-9]*")))
             kept += len(shards(partial_path(out)))
-            statuses = ended(start(out, count))
+            again = statuses(start(out, count))
             lost += begun_boxes
             print(f"crash {count} ranks: kill {kills}, T {seconds:.1f} s", flush=True)
-            unequal += statuses != [0] * count or shards(out) != expected
+            unequal += again != [0] * count or shards(out) != expected
         total = kills * len(expected)
         rows.append(
             {

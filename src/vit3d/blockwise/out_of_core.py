@@ -34,7 +34,7 @@ from ..model.intensity_vit3d import IntensityStatistics
 from ..volume import Volume
 from .block_store import BlockStore, Box, Index, create, partial_path
 from .leases import EXPIRY_S, Leases
-from .memory_budget import check_memory, choose_layout, peak_bytes
+from .memory_budget import check_memory, choose_layout, give_back_freed, peak_bytes
 from .provenance import check_same, check_same_machine, identity_of, machine_of
 from .selection import Selection
 
@@ -117,6 +117,7 @@ def segment_store(
     `force`) on another kind of machine, and for a memory budget that is too small. OSError: the disk is full; what
     is there is kept.
     """
+    give_back_freed()
     options = options or RunOptions()
     model = model.eval()
     processor = processor or ViT3DImageProcessor.from_config(model.config)
@@ -264,6 +265,7 @@ class _Run:
                 if going is not None:
                     going.result()
                 going = writer.submit(self._write, box[0], probability, len(box[2]), leases)
+                del probability, box  # the writer's from here on: freed when it is done, not when the next comes
                 self._show(bar)
             if going is not None:
                 going.result()
