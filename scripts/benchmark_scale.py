@@ -200,9 +200,7 @@ def memory(team: Team, folder: Path, numbers: dict) -> str:
     for name, shape in shapes.items():
         took, peaks = runs[name][-1], [each["peak_bytes"] / 2**30 for each in runs[name]]
         times = {f"{kind} s": median(each[f"{kind.lower()}_s"] for each in runs[name]) for kind in ("wall", "CPU")}
-        stages = {
-            f"{stage} s": median(each["seconds"][stage] for each in runs[name]) for stage in sorted(took["seconds"])
-        }
+        seconds = {stage: median(each["seconds"][stage] for each in runs[name]) for stage in sorted(took["seconds"])}
         rows.append(
             {
                 "volume": " x ".join(map(str, shape)),
@@ -212,10 +210,11 @@ def memory(team: Team, folder: Path, numbers: dict) -> str:
                 "windows": took["windows"],
                 "peak GiB": median(peaks),
                 "from .. to": f"{min(peaks):.3f} .. {max(peaks):.3f}",
-                **{key: round(seconds, 1) for key, seconds in (times | stages).items()},
+                **{key: round(each, 1) for key, each in times.items()},
+                **{f"{stage} s": round(each, 1) for stage, each in seconds.items()},
             }
         )
-        numbers[f"memory {name}"] = {k: v for k, v in took.items() if k != "store"}
+        numbers[f"memory {name}"] = {k: v for k, v in took.items() if k != "store"} | {"seconds": seconds}
     ratio = rows[1]["peak GiB"] / rows[0]["peak GiB"]
     budget = f"Budget {BUDGET_BYTES / 2**30:.1f} GiB. The whole volume's peak is {ratio:.3f} of its quarter's."
     return f"{markdown_table(rows)}\n\n{budget}"
