@@ -302,6 +302,9 @@ def _scan(voxels, threshold: float) -> tuple[np.ndarray, np.ndarray]:
         flat = part.reshape(-1)
         here = np.flatnonzero(flat > threshold)
         values.append(flat[here].astype(np.float32))
+        if part.shape[1:] == (height, width):
+            linear.append(here + z * height * width)
+            continue
         rows, columns = np.divmod(here, part.shape[2])
         planes, rows = np.divmod(rows, part.shape[1])
         linear.append(((planes + z) * height + rows + y) * width + columns + x)

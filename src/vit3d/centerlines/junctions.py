@@ -7,6 +7,7 @@ belongs to one of them alone. So the part of a branch inside its parent is drawn
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.spatial.distance import cdist
 
 from vit3d.centerlines.foreground import Foreground
 from vit3d.tree import NeuronTree
@@ -19,7 +20,7 @@ _DEPTH_STEPS, _DEPTH_EXCESS = 0.22, 0.2  # how well depth is known, and its mean
 _DEPTH_RANGE = -1.5, 0.5  # excess counts up to here; a fork in a soma is deeper than any neurite
 _CURVE = 0.4  # a branch leaves its line after this share of the way
 _CANDIDATES = 20
-_AT_ONCE = 6  # branches; more take more memory
+_AT_ONCE = 16  # branches; more take more memory
 _SAMPLES = np.linspace(0.1, 0.9, 9)[:, None]
 _WEIGHTS = (1 - _SAMPLES) ** 2, 2 * _SAMPLES * (1 - _SAMPLES), _SAMPLES**2  # of start, control and end of a curve
 
@@ -86,7 +87,7 @@ def _trunk(skeleton, hook, reach, parents, moved, left_out, stop) -> _Trunk:
 
 def _first_free(twig: np.ndarray, trunk: _Trunk, step: float) -> int | None:
     """Where the branch has left its parent; None when it never does for long enough to have a direction."""
-    away = _distances(twig, trunk.points)
+    away = cdist(twig, trunk.points)
     nearest = away.argmin(1)
     outside = away[np.arange(len(twig)), nearest] - trunk.radii[nearest] > _FREE_STEPS * step
     free = int(outside.argmax())
@@ -98,20 +99,22 @@ def _ways(skeleton, twig, trunk: _Trunk, step: float) -> tuple[np.ndarray, ...]:
     (K, 3), what they cost by direction (K,), samples (K, S, 3), and how deep those should be (K, S)."""
     ahead = twig[: int(_AIM_STEPS + trunk.radius / step)]
     start, points = skeleton.points[twig[0]], skeleton.points[ahead]
-    centre = points.mean(0)
-    direction = np.linalg.svd(points - centre, full_matrices=False)[2][0]
+    centre = points.sum(0) / len(points)
+    around = points - centre
+    direction = np.linalg.eigh(around.T @ around)[1][:, -1]
     direction *= np.sign((points[0] - points[-1]) @ direction) or 1.0
     across = trunk.points - centre
     forward = across @ direction
-    length = _distances(start[None], trunk.points)[0]
-    beside = np.sqrt(np.maximum(np.einsum("ij,ij->i", across, across) - forward**2, 0))
+    length = cdist(start[None], trunk.points)[0]
+    beside = np.sqrt(np.maximum((across**2).sum(1) - forward**2, 0))
     cost = (beside / (_SIDE_STEPS * step + _SIDE_TURN * length)) ** 2
     cost[forward <= 0] += 1e6
     best = np.argsort(cost, kind="stable")[:_CANDIDATES]
     control = start + _CURVE * length[best, None] * direction
     path = _WEIGHTS[0] * start + _WEIGHTS[1] * control[:, None] + _WEIGHTS[2] * trunk.points[best, None]
-    inside = (trunk.radii - _distances(path.reshape(-1, 3), trunk.points)).max(1)
-    expected = np.maximum(inside, np.median(skeleton.radii[ahead])).reshape(path.shape[:2])
+    inside = (trunk.radii[:, None] - cdist(trunk.points, path.reshape(-1, 3))).max(0)
+    usual = np.sort(skeleton.radii[ahead])[len(ahead) // 2]
+    expected = np.maximum(inside, usual).reshape(path.shape[:2])
     return trunk.rows[best], control, cost[best], path, expected
 
 
@@ -124,13 +127,6 @@ def _best_ways(ways: list[tuple], foreground: Foreground) -> list[tuple[int, int
     ends = np.cumsum([len(one) for one in rows])
     chosen = [(a + b).argmin() for a, b in zip(cost, np.split(cost_of_depth, ends[:-1]), strict=True)]
     return [(f, r[k], c[k]) for f, r, c, k in zip(first, rows, control, chosen, strict=True)]
-
-
-def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(len(a), len(b)) distances of points (N, 3)."""
-    a, b = a - b[0], b - b[0]
-    square = np.einsum("ij,ij->i", a, a)[:, None] + np.einsum("ij,ij->i", b, b) - 2 * (a @ b.T)
-    return np.sqrt(np.maximum(square, 0))
 
 
 def _draw(skeleton: NeuronTree, ways: list[tuple[int, np.ndarray]], step: float) -> NeuronTree:

@@ -50,7 +50,7 @@ def _smooth(foreground, voxel, parents, starts, owner):
     """Sub-voxel positions: each branch is the stiff curve through the centroids of the voxels that its nodes own."""
     count, step = len(voxel), foreground.round_step
     total, number, mass, moment = np.zeros(count), np.zeros(count), np.zeros(count), np.zeros((3, count))
-    radius = foreground.depth[voxel].astype(np.float64)
+    radius = foreground.depth[voxel]
     highest = foreground.probability.max()  # so that all weights of a mask are 1, whatever its value
     size = max(_PIECE_VOXELS, len(owner) // _PIECES)
     for first in range(0, len(owner), size):  # in pieces, because weighted sums need 64 bits
@@ -63,6 +63,7 @@ def _smooth(foreground, voxel, parents, starts, owner):
         for axis in range(3):
             moment[axis] += np.bincount(rows, weight * foreground.index[piece, axis], count)
         np.maximum.at(radius, rows, foreground.depth[piece])
+    radius = radius.astype(np.float64)  # only now: `maximum.at` is slow where types differ
     raw = foreground.index[voxel] * step
     centroid = np.where(mass[:, None] > 0, moment.T * step / np.maximum(mass, 1e-30)[:, None], raw)
     confidence = np.where(number > 0, total / np.maximum(number, 1), foreground.probability[voxel])
