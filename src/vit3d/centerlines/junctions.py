@@ -20,7 +20,7 @@ _DEPTH_STEPS, _DEPTH_EXCESS = 0.22, 0.2  # how well depth is known, and its mean
 _DEPTH_RANGE = -1.5, 0.5  # excess counts up to here; a fork in a soma is deeper than any neurite
 _CURVE = 0.4  # a branch leaves its line after this share of the way
 _CANDIDATES = 20
-_AT_ONCE = 16  # branches; more take more memory
+_AT_ONCE = 8  # branches; more take more memory
 _SAMPLES = np.linspace(0.1, 0.9, 9)[:, None]
 _WEIGHTS = (1 - _SAMPLES) ** 2, 2 * _SAMPLES * (1 - _SAMPLES), _SAMPLES**2  # of start, control and end of a curve
 

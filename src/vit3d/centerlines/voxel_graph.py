@@ -45,7 +45,7 @@ def largest_balls(depth: np.ndarray, neighbours: np.ndarray, index: np.ndarray, 
     centre = np.arange(len(depth), dtype=np.int32)
     reach = depth + np.float32(step.min())
     reach *= reach
-    _hand_on(centre, centre.copy(), reach, neighbours, index, step)
+    _hand_on(centre, centre.copy(), reach, neighbours, index, step, 26)
     return centre
 
 
@@ -90,7 +90,7 @@ def extract_branches(paths, depth, graph, rule):
     found = (voxel, owner, queue, node, parents, starts)
     nodes, branches = _extract(order, parent, length, depth, np.array(rule), *graph, *found)
     voxel, parents, starts = voxel[:nodes], parents[:nodes], starts[:branches]
-    _hand_on(owner, voxel, np.full(nodes, np.inf, np.float32), *graph)
+    _hand_on(owner, voxel, np.full(nodes, np.inf, np.float32), *graph, 13)
     return voxel, parents, starts, owner
 
 
@@ -171,18 +171,19 @@ def _within(index, i, j, step, radius, extra):
 
 
 @_compiled
-def _hand_on(holder, place, reach, neighbours, index, step):
-    """Every voxel goes over to the best holder that it or the neighbours before it have, in a sweep there and one back.
+def _hand_on(holder, place, reach, neighbours, index, step, looks):
+    """Every voxel goes over to the best holder that it or its neighbours have, in a sweep there and one back; each
+    looks at all 26 neighbours, or at the 13 that it has passed.
 
     The best is the one of largest squared `reach` among those that reach the voxel from their `place`, then the
     nearest.
     """
     count = np.int32(holder.shape[0])
     for n in range(2 * count):
-        i, first = (np.int32(n), 0) if n < count else (np.int32(2 * count - 1 - n), 13)
+        i, first = (np.int32(n), 0) if n < count else (np.int32(2 * count - 1 - n), 26 - looks)
         mine = holder[i]
         away = _squared_distance(index, i, place[mine], step)
-        for k in range(first, first + 13):
+        for k in range(first, first + looks):
             j = neighbours[i, k]
             other = holder[j]
             if j >= 0 and other >= 0 and other != mine and (mine < 0 or reach[other] >= reach[mine]):
