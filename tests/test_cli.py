@@ -311,6 +311,36 @@ def test_what_cannot_be_written_is_refused_before_the_work(vit3d, tmp_path, chec
     assert path.read_bytes() == content
 
 
+def test_nothing_is_written_over_what_is_read_nor_into_it(vit3d, tmp_path, checkpoint, monkeypatch):
+    path, swc = written(tmp_path / "a.tif"), line_swc(tmp_path / "a.swc")
+    (tmp_path / "linked.tif").symlink_to(path)
+    slices = tmp_path / "slices"
+    slices.mkdir()
+    for number, plane in enumerate(stack()):
+        tifffile.imwrite(slices / f"s{number:02}.tif", plane)
+    monkeypatch.chdir(tmp_path)
+    before = {name: (tmp_path / name).is_dir() or (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    model = ("--model", checkpoint)
+    assert_refused(vit3d("segment", path, "a.tif", *model), "a.tif would lie over the input")
+    assert_refused(vit3d("segment", path, "linked.tif", *model), "linked.tif would lie over the input")
+    assert_refused(vit3d("segment", slices, slices / "p.tif", *model), "or in it")
+    assert_refused(vit3d("trace", slices, slices / "p.swc"), "or in it")
+    assert_refused(vit3d("reconstruct", slices, *model, "--out", slices / "results"), "or in it")
+    assert_refused(vit3d("convert", swc, swc, "--scale", "2"), "a.swc would lie over the input")
+    assert before == {name: (tmp_path / name).is_dir() or (tmp_path / name).read_bytes() for name in files(tmp_path)}
+
+
+def test_a_folder_of_slices_has_its_name_from_within_too(vit3d, tmp_path, checkpoint, monkeypatch):
+    slices = tmp_path / "neuron"
+    slices.mkdir()
+    for number, plane in enumerate(stack()):
+        tifffile.imwrite(slices / f"s{number:02}.tif", plane)
+    monkeypatch.chdir(slices)
+    assert_refused(vit3d("reconstruct", ".", "--model", checkpoint), "or in it")
+    assert vit3d("reconstruct", ".", "--model", checkpoint, "--out", "../out")[0] == 0
+    assert "neuron.swc" in files(tmp_path / "out")
+
+
 def test_a_folder_that_is_missing_is_made_by_every_command_that_writes(vit3d, tmp_path, checkpoint):
     path, swc = written(tmp_path / "a.tif"), line_swc(tmp_path / "a.swc")
     out = tmp_path / "out"

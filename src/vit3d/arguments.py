@@ -119,14 +119,14 @@ def stack_named(place: Path | None, name: str) -> Path | None:
 # --- files that are written: refused before hours of work, not after ---
 
 
-def new_file(path: Path, *suffixes: str) -> Path:
-    """`path`, if a file of these types can be written there."""
+def new_file(path: Path, *suffixes: str, source: str | Path | None = None) -> Path:
+    """`path`, if a file of these types can be written there; never over what is read, the `source`, nor into it."""
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"The name of what is written must end in {' or '.join(suffixes)}, got {path}.")
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the name of a file.")
     new_folder(path.parent)
-    return path
+    return path if source is None else _apart(path, source)
 
 
 def make_room(path: Path) -> Path:
@@ -135,11 +135,18 @@ def make_room(path: Path) -> Path:
     return path
 
 
-def new_folder(path: Path) -> Path:
-    """`path`, if a folder is there or can be made there."""
+def new_folder(path: Path, source: str | Path | None = None) -> Path:
+    """`path`, if a folder is there or can be made there; neither the `source`, which is read, nor a place in it."""
     nearest = next((place for place in (path, *path.parents) if place.exists()), path)
     if nearest.exists() and not nearest.is_dir():
         raise ValueError(f"{path} cannot be a folder: {nearest} is a file.")
+    return path if source is None else _apart(path, source)
+
+
+def _apart(path: Path, source: str | Path) -> Path:
+    places = [place for place in (path.resolve(), *path.resolve().parents) if place.exists()]
+    if Path(source).exists() and any(place.samefile(source) for place in places):
+        raise ValueError(f"What is written as {path} would lie over the input, or in it; choose another place.")
     return path
 
 

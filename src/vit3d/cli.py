@@ -158,7 +158,8 @@ def reconstruct(
     from .reconstruction import device_of, find_stacks, fits_in_memory, reconstruct_on_disk
     from .reconstruction import reconstruct as run
 
-    stacks, out = find_stacks(stack), new_folder(out)
+    stacks = find_stacks(stack)
+    out = new_folder(out, source=stack if stack in stacks.values() else None)  # results may lie among several stacks
     for flag, value, parse in (("--spacing", spacing, triple), ("--swc-unit", swc_unit, unit_of)):
         parse(value, flag)  # what is wrong for all stacks is said once, and before the work
     cut, allowed = threshold_of(threshold), open_mask(mask)
@@ -258,7 +259,7 @@ def segment(
         outcome = segment_path(stack, out, model=model, polarity=polarity, device=device, options=options, **reading)
         typer.echo(outcome.said())
         return
-    out = new_file(out, ".tif", ".tiff")
+    out = new_file(out, ".tif", ".tiff", source=stack)
     volume = read_stack(Path(stack), spacing, channel)
     part = box_of(crop, volume.shape)
     from .checkpoint import load_checkpoint
@@ -332,7 +333,7 @@ def trace(
 
     if polarity not in ("bright", "dark"):
         raise ValueError(f"--polarity takes bright or dark here, got {polarity!r}.")
-    out, cut = new_file(out, ".swc", ".eswc"), threshold_of(threshold)
+    out, cut = new_file(out, ".swc", ".eswc", source=probability), threshold_of(threshold)
     volume = open_stack(probability, spacing, channel, level, lambda v: fits_in_memory(v, memory_budget * 2**30))
     unit, box = unit_of(swc_unit, "--swc-unit", volume.spacing_um), box_of(crop, volume.shape)
     start = root_of(root, box, volume.spacing_um)
@@ -446,7 +447,7 @@ def convert(
     from .morphometry import resample as run
     from .tree import read_swc, write_swc
 
-    out = new_file(out, ".swc", ".eswc")
+    out = new_file(out, ".swc", ".eswc", source=source)
     tree = to_unit(read_swc(source, unit=unit_of(unit, "--unit")), swc_unit, spacing)
     if scale is not None:
         tree = tree.scaled(factors_of(scale))

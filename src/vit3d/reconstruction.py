@@ -298,7 +298,8 @@ def find_stacks(path: Path) -> dict[str, Path]:
         raise FileNotFoundError(f"{path} does not exist.")
     if is_stack(path):
         stores = [place for place in (path, *path.parents) if place.suffix == ".zarr"]  # a level is named by its store
-        return {(stores[-1] if stores else path).stem: path}
+        named = stores[-1] if stores else path
+        return {(named if named.name not in ("", "..") else named.resolve()).stem: path}  # `.` has no name of its own
     files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
     stacks = [p for p in files if not p.stem.endswith("_probability")]
     if not stacks:
