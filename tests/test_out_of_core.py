@@ -3,7 +3,6 @@
 import hashlib
 import multiprocessing
 import os
-import platform
 import pty
 import random
 import re
@@ -28,7 +27,7 @@ from test_segmentation import OneVoxelNetwork, tiny_model
 from vit3d import ViT3DConfig, ViT3DImageProcessor, Volume, segment
 from vit3d.blockwise import selection
 from vit3d.blockwise.block_store import BlockStore, Layout, partial_path
-from vit3d.blockwise.memory_budget import BOXES, choose_layout, give_back_freed, working_bytes
+from vit3d.blockwise.memory_budget import BOXES, choose_layout, working_bytes
 from vit3d.blockwise.out_of_core import RunOptions, segment_store
 from vit3d.blockwise.provenance import machine_of, model_digest
 from vit3d.blockwise.segmentation_job import damage_report, segment_path
@@ -417,19 +416,6 @@ def test_a_larger_budget_gives_a_larger_box_and_a_larger_volume_does_not(network
     layout = choose_layout(network, Volume(Described(14000, 20000, 10000)), 2**31)
     assert layout.box in BOXES
     assert working_bytes(layout, network.config, Volume(Described(14000, 20000, 10000))) < 2**31
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left as they are")
-def test_arrays_that_are_freed_go_back_to_the_system_at_once():
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-    give_back_freed()
-    np.ones(2**25 - 2**16, np.uint8)  # freed, it would make glibc keep all that are no larger
-    arrays = [np.ones(2**23, np.uint8) for _ in range(16)]
-    before = resident()
-    del arrays[::2]  # between others that stay
-    assert before - resident() > 8 * 2**23 * 0.9
 
 
 def test_a_folder_that_is_another_store_is_left_alone(network, volume, tmp_path):

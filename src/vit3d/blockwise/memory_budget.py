@@ -1,6 +1,5 @@
 """What a run may hold in memory: the write box that fits, and the refusal of what does not."""
 
-import ctypes
 import os
 import re
 import resource
@@ -20,7 +19,6 @@ from .selection import KEPT_BYTES
 
 BOXES = ((256, 1024, 1024), (256, 512, 512), (128, 512, 512), (128, 384, 384), (128, 256, 256), (64, 128, 128))
 _ALLOWANCE_BYTES = 3 * 2**28  # Python, torch and a batch's activations, where the box is chosen
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 def choose_layout(model, volume: Volume, memory_bytes: int, box: tuple[int, int, int] | None = None) -> Layout:
@@ -79,18 +77,6 @@ def _trial(model, volume: Volume, statistics: IntensityStatistics) -> None:
     voxels = np.zeros(config.volume_size, dtype=volume.voxels.dtype)
     for _ in predict_batches(model, voxels, todo, ViT3DImageProcessor.from_config(config), statistics):
         pass
-
-
-def give_back_freed() -> None:
-    """Let glibc return freed arrays to the system, for the rest of the process; elsewhere does nothing.
-
-    By itself it raises to 32 MiB what threads' heaps serve, and keeps what is freed between what is not: with boxes
-    that come and go in several threads memory grows for minutes.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 2**22)
-        mallopt(_M_TRIM_THRESHOLD, 2**26)
 
 
 def peak_bytes() -> int:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..formats.lazy_voxels import give_back_freed
 from ..model.blocks_vit3d import Block
 from ..model.image_processing_vit3d import ViT3DImageProcessor
 from ..model.inference_vit3d import (
@@ -34,7 +35,7 @@ from ..model.intensity_vit3d import IntensityStatistics
 from ..volume import Volume
 from .block_store import BlockStore, Box, Index, create, partial_path
 from .leases import EXPIRY_S, Leases
-from .memory_budget import check_memory, choose_layout, give_back_freed, peak_bytes
+from .memory_budget import check_memory, choose_layout, peak_bytes
 from .provenance import check_same, check_same_machine, identity_of, machine_of
 from .selection import Selection
 

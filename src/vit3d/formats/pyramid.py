@@ -15,7 +15,7 @@ from tqdm import tqdm
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from .axes import SpacingUm
-from .lazy_voxels import Box
+from .lazy_voxels import Box, give_back_freed
 from .ngff import levels_of, ome_attributes
 
 METHODS = ("max", "mean")
@@ -28,6 +28,7 @@ _Factor = tuple[int, int, int]
 
 def write_store(voxels, path: Path, spacing_um: SpacingUm | None) -> None:
     """An OME-Zarr with one level, written shard by shard under another name and then renamed; see `write_volume`."""
+    give_back_freed()
     dtype = {"bool": "uint8", "float16": "float32"}.get(voxels.dtype.name, voxels.dtype.name)
     with _appearing(path) as folder:
         zarr.create_group(folder, attributes={"ome": ome_attributes(path.stem, spacing_um, [(1, 1, 1)])})
@@ -49,6 +50,7 @@ def build_pyramid(store: str | Path, *, method: str = "max") -> list[SpacingUm |
     """
     if method not in METHODS:
         raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}.")
+    give_back_freed()
     store = Path(store)
     levels = levels_of(_attributes(store), store)
     if not levels or (levels[0].axes, levels[0].path) != ("ZYX", "0"):
