@@ -327,6 +327,28 @@ def test_a_neurite_that_tapers_has_no_soma():
     assert not (trace(Volume(paint(gold, (24, 40, 106)))).types == SOMA).any()
 
 
+@pytest.mark.parametrize("turn", range(4))
+def test_stems_that_meet_in_a_cell_body_no_thicker_than_they_are_leave_one_point(turn):
+    centre, number = np.array([40.0, 40.0, 40.0]), np.arange(6)
+    height, angle = (5 - 2 * number) / 6, (np.pi * (1 + 5**0.5)) * number + turn
+    wide = np.sqrt(1 - height**2)
+    away = 34 * np.stack([height, wide * np.cos(angle), wide * np.sin(angle)], axis=1)  # all over a sphere
+    tree = trace(Volume(paint(together(*(polyline([centre, centre + arm], 3.0) for arm in away)), (80, 80, 80))))
+    assert np.flatnonzero(tree.degree >= 3).tolist() == [0]
+    assert tree.degree[0] == len(away)
+    assert np.linalg.norm(tree.points[0] - centre) < 1.7
+    assert tree.cable_length == pytest.approx(34 * len(away), rel=0.03)
+
+
+def test_forks_that_follow_one_another_stay_apart():
+    trunk = polyline([(16, 32, 6), (16, 32, 94)], 3.0)
+    places = (30, 42, 54, 66)
+    sides = [polyline([(16, 32, x), (16, 32 + 24 * (-1) ** n, x + 6)], 2.0) for n, x in enumerate(places)]
+    tree = trace(Volume(paint(together(trunk, *sides), (32, 64, 100))))
+    forks = np.sort(tree.points[tree.degree >= 3, 2])
+    np.testing.assert_allclose(forks, places, atol=2)
+
+
 def test_weak_spots_are_listed_with_the_least_confident_first():
     mask = paint(helix(), (24, 48, 72)).astype(np.float32) * 0.95
     mask[:, :, 30:36] = np.minimum(mask[:, :, 30:36], 0.52)

@@ -11,7 +11,7 @@ from scipy.spatial import cKDTree
 from vit3d.centerlines.foreground import Foreground, find_foreground, find_level, intensity_threshold, smoothed
 from vit3d.centerlines.joining import join_fragments
 from vit3d.centerlines.skeleton import skeletonize
-from vit3d.morphometry import resample
+from vit3d.morphometry import branches, resample
 from vit3d.tree import SOMA, NeuronTree, follow
 from vit3d.volume import Volume
 
@@ -20,6 +20,7 @@ _SPECKS, _THINNING, _SPECKS_LEFT = 100, 0.5, 0.05  # see `_salt`
 _GAP_VOXELS = 10  # in-plane voxels bridged by default
 _SOMA_FACTORS = (3.0, 1.8)  # a soma is this much thicker than the median and the 90th percentile of the neurites
 _SOMA_MIN_VOXELS = 4.0
+_HUB_REACH, _HUB_ARMS = 1.5, 5  # forks so many radii apart are one place where so many neurites leave it
 _RIVAL = 0.1  # a tree with less than this share of the longest one's cable is not the neuron, however sharp
 _WEAK = 0.6  # a weak spot has less than this share of the tree's median confidence
 
@@ -115,7 +116,7 @@ def trace_with_review(  # noqa: PLR0913 (those of `trace`, and one)
     tree, bridges, rows = _neuron(whole, bridges, root, forest, focus)
     left_out = _left_out(whole, rows)
     reviews = sorted(_joins(tree, bridges) + _weak_spots(tree, bridges), key=lambda review: review.confidence)
-    tree = with_soma(tree, foreground) if root is None else tree
+    tree = with_hub(with_soma(tree, foreground)) if root is None else tree
     tree = tree.sorted() if step_um is None else resample(tree, step_um)
     return tree, left_out + reviews
 
@@ -256,6 +257,37 @@ def with_soma(tree: NeuronTree, foreground: Foreground) -> NeuronTree:
     body = body[core.query(body, distance_upper_bound=radius / 2)[0] <= radius / 2]
     equivalent = (3 * len(body) * foreground.step.prod() / (4 * math.pi)) ** (1 / 3)
     return _collapse(tree, inside, thickest, body.mean(0), equivalent, core, radius / 2)
+
+
+def with_hub(tree: NeuronTree) -> NeuronTree:
+    """The tree with all neurites that leave its thickest place, a root, led to that; else the same tree.
+
+    Stems that meet in a cell body no thicker than they are leave a clump of forks there, whose order says nothing. They
+    become one node in the middle, and the way from there to the surface of that place is straight. Where a soma stands
+    out, the tree stays as it is.
+    """
+    if (tree.types == SOMA).any():
+        return tree
+    tree = tree.sorted()
+    top = int(np.where(tree.parents < 0, tree.radii, -1).argmax())
+    found, is_fork, radius = branches(tree), tree.degree >= 3, tree.radii[top]
+    thickness = np.maximum(tree.radii[found.starts], tree.radii[found.ends])
+    near = is_fork[found.ends] & (found.lengths <= _HUB_REACH * thickness)
+    last = follow(np.where(near & (found.parents >= 0), found.parents, np.arange(len(near))))
+    hub = near & near[last] & (found.starts[last] == top)
+    if not hub.any() or (tree.degree[found.ends[hub]] - 2).sum() + tree.degree[top] < _HUB_ARMS:
+        return tree
+    inside = np.append(hub, False)[found.of_node]
+    inside[top] = True
+    weight = tree.radii[inside] ** 4  # the middle of the blob, not of the clump
+    centre = weight @ tree.points[inside] / weight.sum()
+    close = (np.linalg.norm(tree.points - centre, axis=1) < radius) & (tree.degree == 2) | inside
+    rows = np.arange(len(tree))
+    swallowed = close & (follow(np.where(close & (tree.parents >= 0), tree.parents, rows)) == top)
+    points, parents = tree.points.copy(), tree.parents.copy()
+    points[top] = centre
+    parents[swallowed[parents] & (parents >= 0)] = top
+    return replace(tree, points=points, parents=parents).take(np.flatnonzero(~swallowed | (rows == top)))
 
 
 def _core(foreground: Foreground, centre: np.ndarray, depth: float) -> cKDTree:
