@@ -103,7 +103,9 @@ class Training:
         with torch.autocast(self.device, dtype, enabled=dtype is not torch.float32):
             loss = loss_of(self.model, batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if not torch.isfinite(loss + norm):
+            raise SystemExit(f"Step {len(self.losses) + 1} is not finite; the same command goes on from before it.")
         optimizer.step()
         optimizer.zero_grad()
         self.parts["schedule"].step()
