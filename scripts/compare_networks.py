@@ -13,6 +13,7 @@ folder `--scratch` that is kept, also in the middle of a run. The networks have 
 
 import argparse
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -49,6 +50,7 @@ FOLDS, SEEDS = ("OP_6", "OP_3"), range(3)
 NETWORKS = ("vit3d", "BasicUNet", "DynUNet")
 PEER_WINDOW = (16, 96, 96)
 SAVE_EVERY = 25  # steps
+FEW_VOXELS = 1000  # a deep layer's; torch 2.13 on AVX512-BF16 fails over 2 x 12 x 12
 SHOWN = ("f1", "precision", "recall", "corrections_per_mm")
 
 
@@ -58,7 +60,19 @@ def network_of(name: str, source: str) -> tuple[torch.nn.Module, ViT3DConfig]:
         model = ViT3DForNeuronSegmentation.from_2d_pretrained(source)
         return model, model.config
     config = ViT3DConfig(volume_size=PEER_WINDOW, patch_size=PEER_WINDOW)
-    return PEERS[name](PEER_WINDOW), config
+    model = PEERS[name](PEER_WINDOW)
+    for convolution in (module for module in model.modules() if type(module) is torch.nn.Conv3d):
+        convolution.__class__ = SoundConvolution
+    return model, config
+
+
+class SoundConvolution(torch.nn.Conv3d):
+    """In fp32 over few voxels: there the bf16 gradient of the weights, on a CPU, reads memory that nobody wrote."""
+
+    def forward(self, voxels: torch.Tensor) -> torch.Tensor:
+        few = math.prod(voxels.shape[2:]) < FEW_VOXELS
+        with torch.autocast(voxels.device.type, enabled=torch.is_autocast_enabled(voxels.device.type) and not few):
+            return super().forward(voxels.float() if few else voxels)
 
 
 def loss_of(model, batch: dict) -> torch.Tensor:
