@@ -203,6 +203,8 @@ def test_a_real_process_refuses_a_bad_stack_too(tmp_path, what):
         (("--threshold", "high"), "--threshold takes a number"),
         (("--threshold", "nan"), "--threshold takes a number"),
         (("--swc-unit", "mm"), "--swc-unit takes um or voxel"),
+        (("--memory-budget", "inf"), "--memory-budget takes GiB"),
+        (("--memory-budget", "0"), "--memory-budget takes GiB"),
     ],
 )
 def test_a_flag_that_does_not_fit_is_refused_before_the_work(vit3d, tmp_path, checkpoint, flags, sentence):
@@ -285,7 +287,10 @@ def test_weights_are_never_unpickled(vit3d, tmp_path, checkpoint):
     assert_refused(vit3d("segment", path, tmp_path / "p.tif", "--model", folder), "not a vit3d checkpoint")
 
 
-@pytest.mark.parametrize("device, sentence", [("cuda:64", "CUDA devices"), ("toaster", "--device takes auto")])
+@pytest.mark.parametrize(
+    "device, sentence",
+    [("cuda:64", "CUDA devices"), ("toaster", "--device takes auto"), ("mps", "--device takes auto")],
+)
 def test_a_device_that_is_not_there_is_refused(vit3d, tmp_path, checkpoint, device, sentence):
     path = written(tmp_path / "a.tif")
     refused = vit3d("segment", path, tmp_path / "p.tif", "--model", checkpoint, "--device", device)
@@ -309,6 +314,34 @@ def test_what_cannot_be_written_is_refused_before_the_work(vit3d, tmp_path, chec
     assert_refused(vit3d("score", swc, swc, "--plot", tmp_path / "d.jpg"), "must end in .png")
     assert files(tmp_path) == before
     assert path.read_bytes() == content
+
+
+def test_a_gold_beside_its_stack_is_never_replaced_and_an_earlier_result_is(vit3d, tmp_path, checkpoint):
+    path, gold, out = written(tmp_path / "a.tif"), line_swc(tmp_path / "a.swc"), tmp_path / "o"
+    model, before, content = ("--model", checkpoint), files(tmp_path), gold.read_bytes()
+    assert_refused(vit3d("reconstruct", path, "--out", tmp_path, *model), "a.swc is no result of an earlier run")
+    assert_refused(vit3d("reconstruct", tmp_path, "--out", tmp_path, *model), "a.swc is no result of an earlier run")
+    assert (files(tmp_path), gold.read_bytes()) == (before, content)
+    assert vit3d("reconstruct", path, "--out", out, *model)[0] == 0
+    assert vit3d("reconstruct", path, "--out", out, *model)[0] == 0
+    foreign = tmp_path / "k.swc"
+    foreign.write_text("1 2 0 0 0 1 -1\n")
+    (out / "a_2.swc").write_text(foreign.read_text())
+    assert_refused(vit3d("reconstruct", path, "--out", out, "--forest", *model), "a_2.swc is no result")
+    assert_refused(vit3d("simulate", tmp_path / "k.tif", "--shape", "8,32,32"), "k.swc, where the truth goes")
+    assert foreign.read_text() == "1 2 0 0 0 1 -1\n"
+    assert not (tmp_path / "k.tif").exists()
+
+
+def test_a_flag_that_would_be_passed_over_is_refused(vit3d, tmp_path, checkpoint):
+    path = written(tmp_path / "a.tif")
+    for flags in (("--level", "1"), ("--box", "64,64,64"), ("--threads", "2"), ("--missing-as-fill",)):
+        refused = vit3d("segment", path, tmp_path / "p.tif", "--model", checkpoint, *flags)
+        assert_refused(refused, f"{flags[0]} is for OUT.zarr")
+    for flag in ("--plot", "--image"):
+        place = path if flag == "--image" else tmp_path / "p.png"
+        assert_refused(vit3d("score", path, path, flag, place), "are for trees")
+    assert files(tmp_path) == {"a.tif"}
 
 
 def test_nothing_is_written_over_what_is_read_nor_into_it(vit3d, tmp_path, checkpoint, monkeypatch):
@@ -464,6 +497,12 @@ def test_an_empty_stack_gives_an_empty_tree_in_words_that_scores_recall_0(vit3d,
     status, printed, _ = vit3d("score", tmp_path / "a.swc", line_swc(tmp_path / "gold.swc"), "--json")
     scores = json.loads(printed, parse_constant=pytest.fail)  # infinity is no JSON
     assert (status, scores["recall"], scores["f1"], scores["esa"]) == (0, 0, 0, None)
+
+
+def test_a_root_far_from_every_neurite_is_told_of(vit3d, tmp_path):
+    path = written(tmp_path / "a.tif")
+    assert "from the nearest neurite" in vit3d("trace", path, tmp_path / "a.swc", "--root", "0,0,0")[2]
+    assert "nearest neurite" not in vit3d("trace", path, tmp_path / "a.swc", "--root", "40,20,6")[2]
 
 
 def test_trace_finds_the_line_in_um_and_says_so(vit3d, tmp_path):

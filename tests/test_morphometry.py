@@ -68,6 +68,11 @@ def test_a_comb_has_order_three_and_strahler_two():
     assert strahler_number(comb()) == 2
 
 
+def test_a_step_that_makes_more_nodes_than_fit_is_refused():
+    with pytest.raises(ValueError, match="more than 100000000 nodes"):
+        resample(comb(), 1e-9)
+
+
 def test_a_soma_inside_a_neurite_ends_branches_and_raises_no_order():
     points = [[0, 0, x] for x in (0, 3, 7, 10, 13)]
     tree = NeuronTree(points, np.ones(5), [-1, 0, 1, 2, 3], [2, 2, 1, 2, 2])

@@ -195,6 +195,12 @@ def number(text: str, flag: str) -> float:
     return value
 
 
+def bytes_of(gib: float) -> int:
+    if not (math.isfinite(gib) and gib > 0):
+        raise ValueError(f"--memory-budget takes GiB, a number above 0, got {gib}.")
+    return int(gib * 2**30)
+
+
 def threshold_of(text: str) -> float | str:
     """A number, or "auto"."""
     return text if text == "auto" else number(text, "--threshold")

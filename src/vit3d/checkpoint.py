@@ -71,7 +71,9 @@ def _checked_device(device: str) -> str:
     try:
         wanted = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"--device takes auto, cpu, cuda or cuda:N, got {device!r}.") from None
+        wanted = None
+    if wanted is None or wanted.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device takes auto, cpu, cuda or cuda:N, got {device!r}.")
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use auto.")
     return device

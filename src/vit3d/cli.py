@@ -12,6 +12,7 @@ import typer
 from . import __version__
 from .arguments import (
     box_of,
+    bytes_of,
     factors_of,
     flip_of,
     is_folder,
@@ -98,7 +99,7 @@ def vit3d(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the stack, the tree and the picture.")] = Path("vit3d-demo"),
-    seed: Annotated[int, typer.Option(help="Which neuron.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Which neuron.")] = 1,
 ):
     """Simulate a neuron, reconstruct it, score it, draw it."""
     from .checkpoint import load_checkpoint
@@ -155,7 +156,7 @@ def reconstruct(
     What is larger than memory is computed into NAME_probability.zarr by as many processes as are started on it
     (`torchrun --no-python vit3d reconstruct ...`, srun, or the same command several times). Started again, it goes on.
     """
-    from .reconstruction import device_of, find_stacks, fits_in_memory, reconstruct_on_disk
+    from .reconstruction import device_of, find_stacks, fits_in_memory, reconstruct_on_disk, refuse_foreign_trees
     from .reconstruction import reconstruct as run
 
     stacks = find_stacks(stack)
@@ -163,7 +164,7 @@ def reconstruct(
     for flag, value, parse in (("--spacing", spacing, triple), ("--swc-unit", swc_unit, unit_of)):
         parse(value, flag)  # what is wrong for all stacks is said once, and before the work
     cut, allowed = threshold_of(threshold), open_mask(mask)
-    process = {"memory_bytes": int(memory_budget * 2**30), **launched(os.environ)}
+    process = {"memory_bytes": bytes_of(memory_budget), **launched(os.environ)}
 
     def on_disk(volume, box=None) -> bool:
         """Whether a stack, or a box of it, is worked on where it lies."""
@@ -178,6 +179,7 @@ def reconstruct(
     rows, failures = [], []
     for name, path in stacks.items():
         try:
+            refuse_foreign_trees(out, name, forest)
             volume = open_stack(path, spacing, channel, level, lambda volume: not on_disk(volume))
             unit = unit_of(swc_unit, "--swc-unit", volume.spacing_um)
             box = box_of(crop, volume.shape)
@@ -228,7 +230,7 @@ def segment(
     level: Annotated[str | None, typer.Option(help="OUT.zarr: level of a multiscale input, by name.")] = None,
     memory_budget: Annotated[float, typer.Option(help="OUT.zarr: GiB that this process may use.")] = 4.0,
     box: Annotated[str | None, typer.Option(help="OUT.zarr: write box Z,Y,X, in multiples of 64.")] = None,
-    threads: Annotated[int | None, typer.Option(help="OUT.zarr: CPU threads of the network.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="OUT.zarr: CPU threads of the network.")] = None,
     missing_as_fill: Annotated[
         bool, typer.Option("--missing-as-fill", help="OUT.zarr: the input leaves out empty chunks on purpose.")
     ] = False,
@@ -253,12 +255,15 @@ def segment(
 
         if crop is not None:
             raise ValueError("--crop is for TIFF; a store is segmented as a whole.")
-        options = RunOptions(int(memory_budget * 2**30), write_box_of(box), threads, force, **launched(os.environ))
+        options = RunOptions(bytes_of(memory_budget), write_box_of(box), threads, force, **launched(os.environ))
         reading = {"spacing_um": triple(spacing, "--spacing"), "channel": channel, "level": level}
         reading["missing_as_fill"] = missing_as_fill
         outcome = segment_path(stack, out, model=model, polarity=polarity, device=device, options=options, **reading)
         typer.echo(outcome.said())
         return
+    for_stores = {"--level": level, "--box": box, "--threads": threads, "--missing-as-fill": missing_as_fill or None}
+    if ignored := [flag for flag, value in for_stores.items() if value is not None]:
+        raise ValueError(f"{', '.join(ignored)} is for OUT.zarr, got {out}.")
     out = new_file(out, ".tif", ".tiff", source=stack)
     volume = read_stack(Path(stack), spacing, channel)
     part = box_of(crop, volume.shape)
@@ -316,7 +321,10 @@ def trace(
     swc_unit: SwcUnit = None,
     memory_budget: MemoryBudget = 4.0,
 ):
-    """Probability, mask or stack -> SWC; no network, no GPU."""
+    """Probability, mask or stack -> SWC; no network, no GPU.
+
+    Voxels that all lie from 0 to 1 are a probability, two values a mask, anything else grey levels.
+    """
     from .reconstruction import (
         fits_in_memory,
         inverted,
@@ -334,7 +342,8 @@ def trace(
     if polarity not in ("bright", "dark"):
         raise ValueError(f"--polarity takes bright or dark here, got {polarity!r}.")
     out, cut = new_file(out, ".swc", ".eswc", source=probability), threshold_of(threshold)
-    volume = open_stack(probability, spacing, channel, level, lambda v: fits_in_memory(v, memory_budget * 2**30))
+    budget = bytes_of(memory_budget)
+    volume = open_stack(probability, spacing, channel, level, lambda v: fits_in_memory(v, budget))
     unit, box = unit_of(swc_unit, "--swc-unit", volume.spacing_um), box_of(crop, volume.shape)
     start = root_of(root, box, volume.spacing_um)
     volume = inverted(volume) if polarity == "dark" else volume
@@ -384,6 +393,8 @@ def score(
         new_file(plot, ".png")
     for name, first, second in pairs(predicted, gold):
         if not is_swc(first):
+            if plot is not None or image is not None:
+                raise ValueError(f"--plot and --image are for trees; {first} is none.")
             masks = (read_stack(path, spacing, notice=False) for path in (first, second))
             groups.append([{"name": name, **score_masks(*masks)}])
             continue
@@ -465,20 +476,24 @@ def convert(
 @app.command()
 def simulate(
     out: Annotated[Path, typer.Argument(help="The stack, a TIFF; its tree goes beside it as an SWC.")],
-    seed: Annotated[int, typer.Option(help="Which neuron.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Which neuron.")] = 0,
     shape: Annotated[str, typer.Option(help="Z,Y,X voxels.")] = "64,256,256",
     spacing: Annotated[str, typer.Option(help="Voxel size Z,Y,X in um.")] = "1,0.33,0.33",
     polarity: Annotated[str, typer.Option(help="bright or dark.")] = "bright",
 ):
     """A neuron with a known truth, as a microscope would show it."""
     from .simulate import simulate_neuron
+    from .swc import written_here
     from .tree import write_swc
     from .volume import write_volume
 
     out, size = new_file(out, ".tif", ".tiff"), shape_of(shape)
+    tree_file = out.with_suffix(".swc")
+    if tree_file.is_file() and not written_here(tree_file):
+        raise ValueError(f"{tree_file}, where the truth goes, is a tree that vit3d did not write; choose another name.")
     volume, tree = simulate_neuron(seed=seed, shape=size, spacing_um=triple(spacing, "--spacing"), polarity=polarity)
     write_volume(volume, make_room(out))
-    write_swc(tree, out.with_suffix(".swc"))
+    write_swc(tree, tree_file)
 
 
 @app.command()

@@ -10,6 +10,8 @@ import numpy as np
 
 from vit3d.tree import SOMA, NeuronTree, follow
 
+_MOST_NODES = 100_000_000  # of a resampled tree, which takes some hundred bytes each
+
 
 @dataclass(frozen=True)
 class Branches:
@@ -144,6 +146,8 @@ def resample(tree: NeuronTree, step: float) -> NeuronTree:
     if not step > 0:
         raise ValueError(f"the resampling step must be positive, got {step}.")
     tree = tree.sorted()
+    if tree.cable_length / step > _MOST_NODES:
+        raise ValueError(f"a resampling step of {step} makes more than {_MOST_NODES} nodes; take a longer one.")
     found, roots = branches(tree), np.flatnonzero(tree.parents < 0)
     counts = np.maximum(np.rint(found.lengths / step).astype(int), 1)  # nodes per branch, the far end included
     branch = np.repeat(np.arange(len(counts)), counts)

@@ -13,6 +13,7 @@ import numpy as np
 
 from .formats.lazy_voxels import ChangedVoxels, LazyVoxels, VoxelsWithin, pieces
 from .regridding import as_trained, on_grid_of
+from .swc import written_here
 from .tracing import MIN_VOXELS, Review, trace_with_review
 from .tree import NeuronTree, write_swc
 from .volume import SUFFIXES, Volume, is_stack, is_url, open_volume, write_volume
@@ -42,6 +43,7 @@ class Reconstruction:
         """
         from .plot import plot_reconstruction
 
+        refuse_foreign_trees(out, name, forest)
         out.mkdir(parents=True, exist_ok=True)
         unit = swc_unit or self.tree.unit
         with TemporaryDirectory(prefix=f".{name}.", suffix=".partial", dir=out) as folder:
@@ -53,7 +55,9 @@ class Reconstruction:
                 write_volume(self.probability, whole / f"{name}_probability.tif")
             here, picture = place(self.tree, self.box, -1), whole / f"{name}.png"
             plot_reconstruction(self.volume, here, picture, probability=self.probability, polarity=self.polarity)
-            for path in sorted(whole.iterdir()):
+            for path in sorted(
+                whole.iterdir(), key=lambda path: path.suffix == ".swc"
+            ):  # trees last: then all is there
                 os.replace(path, out / path.name)
 
 
@@ -85,8 +89,6 @@ def reconstruct(
     statistics = processor.measure(as_trained(volume, model.config).voxels)
     box = box or tuple(slice(0, size) for size in volume.shape)
     part = volume.crop(box)
-    if part.voxels.dtype.kind == "f" and not np.isfinite(part.voxels).all():
-        raise ValueError("The stack holds NaN or infinite voxels; replace them before use.")
     seen = _in_memory(as_trained(part, model.config))
     probability = segment(model, seen, processor=processor, statistics=statistics, select=select)
     allowed = None if mask is None else Volume(np.asarray(mask[box]) != 0, part.spacing_um)
@@ -264,6 +266,17 @@ def reviews_in(unit: str | None, reviews: list[Review], tree: NeuronTree) -> lis
         return reviews
     step = np.array(tree.spacing_um) if unit == "um" else 1 / np.array(tree.spacing_um)
     return [replace(r, point=tuple((np.array(r.point) * step).tolist()), length=r.length * step[2]) for r in reviews]
+
+
+def refuse_foreign_trees(out: Path, name: str, forest: bool) -> None:
+    """ValueError where an SWC lies in a result's place that is none itself: a gold beside its stack must not go."""
+    found = [out / f"{name}.swc"] if not forest else sorted(out.glob("*.swc"))
+    for path in found:
+        is_ours = not forest or (path.stem.startswith(f"{name}_") and path.stem[len(name) + 1 :].isdigit())
+        if is_ours and path.is_file() and not (written_here(path) and (out / f"{name}_review.csv").is_file()):
+            raise ValueError(
+                f"{path} is no result of an earlier run and would be lost; name another folder with --out."
+            )
 
 
 def swc_files(tree: NeuronTree, path: Path, forest: bool) -> Iterator[tuple[Path, NeuronTree]]:

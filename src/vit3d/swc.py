@@ -10,6 +10,7 @@ import numpy as np
 COLUMNS = ("id", "type", "x", "y", "z", "radius", "parent", "confidence")
 PLAIN, WITH_CONFIDENCE = " ".join(COLUMNS[:7]), " ".join(COLUMNS)
 EMPTY = "no nodes: the tree is empty"
+_GENERATOR = "generator: vit3d"
 _FIRST_NODE = re.compile(r"^[ \t]*[^#\s]", re.MULTILINE)
 _NODE_LINE = re.compile(r"^[ \t]*[^#\s].*", re.MULTILINE)
 _DECIMAL_COMMA = re.compile(r"^[ \t]*(?:[^#\s,]+[ \t]+){2}-?\d+,\d+[ \t]", re.MULTILINE)
@@ -120,11 +121,17 @@ class SwcText:
         return ValueError(f"{self.path}, line {line + 1} (node {words[line][0]}) {what}.")
 
 
+def written_here(path: Path) -> bool:
+    """Whether this package wrote the file, as its first lines say."""
+    with path.open("rb") as file:
+        return _GENERATOR.encode() in file.read(4096)
+
+
 def header(unit: str | None, spacing_um: tuple[float, ...] | None, *, confidence: bool, empty: bool) -> str:
     """The comment lines that `SwcText` reads back."""
     from vit3d import __version__
 
-    lines = [f"generator: vit3d {__version__}"]
+    lines = [f"{_GENERATOR} {__version__}"]
     lines += [f"unit: {unit}"] if unit else []
     lines += ["spacing_um (z, y, x): " + ", ".join(map(repr, spacing_um))] if spacing_um else []
     lines += [WITH_CONFIDENCE if confidence else PLAIN]

@@ -171,7 +171,7 @@ def _neuron(
     rivals = np.flatnonzero(cable >= _RIVAL * cable.max())
     if focus is not None and root is None and len(rivals) > 1:
         cable[rivals] *= [max(focus(tree.take(np.flatnonzero(part == rival))), _RIVAL) for rival in rivals]
-    nearest = None if root is None else int(np.linalg.norm(tree.points - np.array(root), axis=1).argmin())
+    nearest = None if root is None else _nearest(tree, np.array(root))
     main = int(cable.argmax()) if root is None else part[nearest]
     tops = [] if root is None else [nearest]
     for other in np.unique(part) if forest or root is None else []:
@@ -183,6 +183,18 @@ def _neuron(
     new_row[rows] = np.arange(len(rows))
     bridges = [new_row[bridge] for bridge in bridges if new_row[bridge[0]] >= 0]
     return tree.rerooted(tops).take(rows), bridges, rows
+
+
+def _nearest(tree: NeuronTree, root: np.ndarray) -> int:
+    """The row nearest to the root; a warning where that is far from it, or who mistook the axes would not know."""
+    away = np.linalg.norm(tree.points - root, axis=1)
+    row, finest = int(away.argmin()), min(tree.spacing_um or (1.0,))
+    if away[row] > tree.radii[row] + _GAP_VOXELS * finest:
+        unit = tree.unit if tree.unit == "um" else "voxels"
+        warnings.warn(
+            f"`root` lies {away[row]:.1f} {unit} from the nearest neurite, where the tree starts.", stacklevel=5
+        )
+    return row
 
 
 def _left_out(tree: NeuronTree, kept: np.ndarray) -> list[Review]:
