@@ -99,6 +99,16 @@ def test_a_cleaned_background_leaves_bounds_that_differ_and_noise_of_one_grey_le
     assert found.mean() < 0.05
 
 
+@pytest.mark.parametrize("high", [1, 3, 12, 255])
+def test_a_mask_shows_its_neurite_whatever_it_is_marked_with(high):
+    marked = neurite() > 0.5 * neurite().max()
+    statistics = measure(marked * np.uint8(high))
+    assert statistics.background < statistics.bright <= 1.2 * high
+    found = foreground(marked * np.uint8(high), statistics)
+    assert found[marked].mean() > 0.99
+    assert found.mean() < 0.5
+
+
 def test_noise_and_background_of_a_noisy_stack_are_found():
     statistics = measure(neurite(noise=20, background=60))
     peak = 1 / np.sqrt(np.prod([2 * np.sqrt(np.pi) * s for s in BLUR_VOX]))  # white noise, after the blur

@@ -83,6 +83,14 @@ def test_a_network_that_sees_one_voxel_gives_the_same_block_wise_and_whole(netwo
     assert found.voxels.dtype == np.float32
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_voxels_that_are_no_number_are_refused(network, value):
+    voxels = noise((8, 40, 40)).astype(np.float32)
+    voxels[3, 5, 7] = value
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        segment(network, Volume(voxels))
+
+
 def test_every_slice_is_its_own(network):
     """Each slice has its own level, so a slice put in another's place shows."""
     voxels = np.tile(np.arange(0, 200, 10, dtype=np.uint8)[:, None, None], (1, 30, 30))

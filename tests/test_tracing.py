@@ -349,6 +349,17 @@ def test_forks_that_follow_one_another_stay_apart():
     np.testing.assert_allclose(forks, places, atol=2)
 
 
+@pytest.mark.parametrize("offset", [-32768, -100])
+def test_grey_levels_below_zero_change_nothing(offset):
+    rng = np.random.default_rng(0)
+    voxels = rng.poisson(10 + 60 * paint(helix(), (24, 48, 72))).astype(np.int32)
+    voxels -= voxels.min()
+    there, again = trace(Volume(voxels)), trace(Volume(voxels + offset))
+    np.testing.assert_allclose(again.points, there.points, atol=1e-3)
+    np.testing.assert_allclose(again.confidence, there.confidence, atol=1e-3)
+    assert 0 < again.confidence.min() <= again.confidence.max() < 1
+
+
 def test_weak_spots_are_listed_with_the_least_confident_first():
     mask = paint(helix(), (24, 48, 72)).astype(np.float32) * 0.95
     mask[:, :, 30:36] = np.minimum(mask[:, :, 30:36], 0.52)

@@ -7,6 +7,7 @@ larger than memory is in `blockwise`.
 import sys
 from functools import partial
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -36,8 +37,12 @@ def segment(
         batch_size: most windows per forward pass; default as many as 4096 tokens and 16384 patches allow.
 
     Windows have the size the network was trained with, overlap by half in z and a quarter in y and x, and are
-    blended. A volume smaller than a window is padded by repeating its border.
+    blended. A volume smaller than a window is padded by repeating its border. ValueError for NaN or infinite voxels.
     """
+    if volume.voxels.dtype.kind == "f" and not all(
+        np.isfinite(np.asarray(volume.voxels[z])).all() for z in range(volume.shape[0])
+    ):
+        raise ValueError("The volume holds NaN or infinite voxels; replace them before use.")
     model = model.eval() if device is None else model.eval().to(device)
     probability = predict(
         model,

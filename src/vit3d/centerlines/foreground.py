@@ -183,14 +183,15 @@ class Level:
 
     threshold: float
     is_probability: bool
+    dark: float = 0.0  # intensities count from here: below 0 where a stack goes there
 
     def probability(self, values: np.ndarray) -> np.ndarray:
         """float32 in [0, 1]: the value itself, or i / (i + threshold) of an intensity i."""
         values = np.asarray(values, np.float32)
         if self.is_probability:
             return values
-        values = np.maximum(values, 0)
-        return values / (values + np.float32(self.threshold))
+        values = np.maximum(values - np.float32(self.dark), 0)
+        return values / (values + np.float32(self.threshold - self.dark))
 
 
 def find_level(voxels: np.ndarray, threshold: float | str = "auto") -> Level:
@@ -201,8 +202,8 @@ def find_level(voxels: np.ndarray, threshold: float | str = "auto") -> Level:
     low, high = _value_range(voxels)
     is_probability = low >= 0 and high <= 1
     if threshold != "auto":
-        return Level(float(threshold), is_probability)
-    return Level(0.5, True) if is_probability else Level(intensity_threshold(voxels), False)
+        return Level(float(threshold), is_probability, min(low, 0.0))
+    return Level(0.5, True) if is_probability else Level(intensity_threshold(voxels), False, min(low, 0.0))
 
 
 def find_foreground(volume: Volume, level: Level) -> Foreground:

@@ -22,6 +22,7 @@ _MIN_GROUPS = 4
 _PROBES, _PROBE = 128, (12, 96, 96)  # where a few slices alone would be too many voxels: boxes all over the volume
 _TILE = (16, 64, 128)  # blurred at once: in the cache
 CELL = (4, 16, 16)  # voxels over which the ground is averaged; whole cells make a tile
+_FEWEST_LEVELS = 20  # a stack of fewer grey levels has finer noise than one
 _MIN_CONTRAST = 3.0  # upper bound at least this many noises above the background
 
 
@@ -325,7 +326,8 @@ def _grey_level(slabs: list[np.ndarray], sample: np.ndarray, background: float, 
     levels = levels[:: 1 + levels.size // 2**20]
     levels = np.flatnonzero(np.bincount(levels)) if levels.dtype in (np.uint8, np.uint16) else np.unique(levels)
     step = np.diff(levels.astype(float)).min(initial=np.inf)
-    return 1.0 if spread >= step else max(1.0, level)
+    few = min(1.0, float(np.ptp(sample)) / _FEWEST_LEVELS)  # in a mask of 0 and 1 a whole level would hide everything
+    return few if spread >= step else max(few, level)
 
 
 def _tiles(shape: tuple[int, int, int]):
