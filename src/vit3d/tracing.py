@@ -18,7 +18,7 @@ from vit3d.volume import Volume
 MIN_VOXELS = 6  # smaller components are noise, by default
 _SPECKS, _THINNING, _SPECKS_LEFT = 100, 0.5, 0.05  # see `_salt`
 _GAP_VOXELS = 10  # in-plane voxels bridged by default
-_RIVAL = 0.1  # a tree with less than this share of the longest one's cable is not the neuron, however sharp
+_RIVAL = 0.05  # a tree with less than this share of the longest one's cable is not the neuron, however sharp
 _WEAK = 0.6  # a weak spot has less than this share of the tree's median confidence
 
 
@@ -170,7 +170,10 @@ def _neuron(
     cable = np.bincount(part[tree.edges], tree.edge_lengths, len(tree))
     rivals = np.flatnonzero(cable >= _RIVAL * cable.max())
     if focus is not None and root is None and len(rivals) > 1:
-        cable[rivals] *= [max(focus(tree.take(np.flatnonzero(part == rival))), _RIVAL) for rival in rivals]
+        shares = [max(focus(tree.take(np.flatnonzero(part == rival))), 1e-6) for rival in rivals]
+        counted = np.zeros(len(tree))
+        counted[rivals] = cable[rivals] * shares
+        cable = counted
     nearest = None if root is None else _nearest(tree, np.array(root))
     main = int(cable.argmax()) if root is None else part[nearest]
     tops = [] if root is None else [nearest]
