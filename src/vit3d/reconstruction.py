@@ -115,7 +115,7 @@ def reconstruct_on_disk(
 
     Any number of processes may do this at once and be killed: all segment into one store, one of them adds its coarser
     levels and traces it, and the others get None. Started again, it goes on. `run`: fields of
-    `vit3d.blockwise.out_of_core.RunOptions`. The tree is that of the probability in memory; memory follows the neuron.
+    `vit3d.blockwise.out_of_core.RunOptions`. The tree is that of memory, up to rounding; memory follows the neuron.
     The store holds the probability also where `mask` is 0, on the grid that the network saw (its scale says which).
     """
     from .blockwise.leases import Leases
