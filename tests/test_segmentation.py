@@ -91,6 +91,11 @@ def test_voxels_that_are_no_number_are_refused(network, value):
         segment(network, Volume(voxels))
 
 
+def test_an_array_is_told_how_to_become_a_volume(network):
+    with pytest.raises(TypeError, match=r"Volume\(array, spacing_um\)"):
+        segment(network, noise((8, 40, 40)))
+
+
 def test_every_slice_is_its_own(network):
     """Each slice has its own level, so a slice put in another's place shows."""
     voxels = np.tile(np.arange(0, 200, 10, dtype=np.uint8)[:, None, None], (1, 30, 30))

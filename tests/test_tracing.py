@@ -368,6 +368,12 @@ def test_of_several_trees_the_one_that_counts_most_is_kept_and_never_a_speck():
     assert trace(volume).cable_length == pytest.approx(90, abs=6)
 
 
+@pytest.mark.parametrize("other", [np.zeros((4, 5, 6)), "stack.tif"])
+def test_what_is_no_volume_is_told_how_to_become_one(other):
+    with pytest.raises(TypeError, match=r"Volume\(array, spacing_um\)"):
+        trace(other)
+
+
 def test_weak_spots_are_listed_with_the_least_confident_first():
     mask = paint(helix(), (24, 48, 72)).astype(np.float32) * 0.95
     mask[:, :, 30:36] = np.minimum(mask[:, :, 30:36], 0.52)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from .model.image_processing_vit3d import ViT3DImageProcessor
 from .model.inference_vit3d import predict
 from .model.intensity_vit3d import IntensityStatistics
-from .volume import Volume
+from .volume import Volume, refuse_other_than_volume
 
 
 def segment(
@@ -39,6 +39,7 @@ def segment(
     Windows have the size the network was trained with, overlap by half in z and a quarter in y and x, and are
     blended. A volume smaller than a window is padded by repeating its border. ValueError for NaN or infinite voxels.
     """
+    refuse_other_than_volume(volume)
     if volume.voxels.dtype.kind == "f" and not all(
         np.isfinite(np.asarray(volume.voxels[z])).all() for z in range(volume.shape[0])
     ):

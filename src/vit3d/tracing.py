@@ -13,7 +13,7 @@ from vit3d.centerlines.skeleton import skeletonize
 from vit3d.centerlines.soma import with_hub, with_soma
 from vit3d.morphometry import resample
 from vit3d.tree import NeuronTree, follow
-from vit3d.volume import Volume
+from vit3d.volume import Volume, refuse_other_than_volume
 
 MIN_VOXELS = 6  # smaller components are noise, by default
 _SPECKS, _THINNING, _SPECKS_LEFT = 100, 0.5, 0.05  # see `_salt`
@@ -93,6 +93,7 @@ def trace_with_review(  # noqa: PLR0913 (those of `trace`, and one)
 
     focus: how much a tree counts, from 0 to 1, where one of several is to be kept: that of most cable times focus is.
     """
+    refuse_other_than_volume(volume)
     _check(volume, root, min_branch_um, max_gap_um, step_um)
     unit = "um" if volume.spacing_um else "voxel"
     level = find_level(volume.voxels, threshold)

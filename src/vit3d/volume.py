@@ -49,6 +49,15 @@ class Volume:
         return Volume(self.voxels[box], self.spacing_um)
 
 
+def refuse_other_than_volume(volume) -> None:
+    """TypeError for an array or a path given in the place of a Volume."""
+    if not isinstance(volume, Volume):
+        raise TypeError(
+            f"`volume` must be a Volume, got {type(volume).__name__}; `Volume(array, spacing_um)` makes one of "
+            "an array, `read_volume(path)` of a file."
+        )
+
+
 def open_volume(
     path: str | Path,
     *,
