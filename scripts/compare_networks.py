@@ -70,7 +70,7 @@ class SoundConvolution(torch.nn.Conv3d):
     """In fp32 over few voxels: there the bf16 gradient of the weights, on a CPU, reads memory that nobody wrote."""
 
     def forward(self, voxels: torch.Tensor) -> torch.Tensor:
-        few = math.prod(voxels.shape[2:]) < FEW_VOXELS
+        few = voxels.device.type == "cpu" and math.prod(voxels.shape[2:]) < FEW_VOXELS
         with torch.autocast(voxels.device.type, enabled=torch.is_autocast_enabled(voxels.device.type) and not few):
             return super().forward(voxels.float() if few else voxels)
 

@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -273,10 +274,9 @@ def reviews_in(unit: str | None, reviews: list[Review], tree: NeuronTree) -> lis
 
 def refuse_foreign_trees(out: Path, name: str, forest: bool) -> None:
     """ValueError where an SWC lies in a result's place that is none itself: a gold beside its stack must not go."""
-    found = [out / f"{name}.swc"] if not forest else sorted(out.glob("*.swc"))
-    for path in found:
-        is_ours = not forest or (path.stem.startswith(f"{name}_") and path.stem[len(name) + 1 :].isdigit())
-        if is_ours and path.is_file() and not (written_here(path) and (out / f"{name}_review.csv").is_file()):
+    taken, has_results = re.compile(re.escape(name) + r"_\d+" * forest), (out / f"{name}_review.csv").is_file()
+    for path in sorted(out.glob("*.swc")):
+        if taken.fullmatch(path.stem) and not (has_results and written_here(path)):
             raise ValueError(
                 f"{path} is no result of an earlier run and would be lost; name another folder with --out."
             )
