@@ -168,6 +168,7 @@ for folder, rows in json.loads(sys.argv[1]).items():
         for row in found:
             metric.add(**row)
         print("SCORES", json.dumps([accelerator.num_processes, len(found), metric.compute()]))
+accelerator.end_training()  # a process that leaves its group open may be aborted as it exits
 """
 
 
