@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
+from scipy import ndimage
 from scipy.spatial import cKDTree
 
 from vit3d.centerlines import foreground as foreground_module
@@ -319,6 +320,61 @@ def test_a_soma_is_one_node_at_its_centre_and_neurites_start_on_its_surface():
     assert first.sum() == 3
     np.testing.assert_allclose(np.linalg.norm(tree.points[first] - centre, axis=1), radius, atol=1.2)
     assert (np.linalg.norm(tree.points[1:] - centre, axis=1) > radius - 1.2).all()
+
+
+def _cell(bumps: int = 0) -> tuple[np.ndarray, np.ndarray, float]:
+    """(Z, Y, X) mask of 1 x 0.33 x 0.33 um: a round soma, three neurites that blur made three times as high as wide."""
+    spacing, centre, radius = np.array([1.0, 0.33, 0.33]), np.array([20.0, 26.0, 26.0]), 5.0
+    grid = np.moveaxis(np.indices((40, 160, 160)), 0, -1) * spacing
+    mask = np.linalg.norm(grid - centre, axis=-1) <= radius
+    ways = [(angle, 20.0, 0.7) for angle in (0.3, 2.2, 4.4)]
+    ways += [(angle, 1.15 * radius, 0.5) for angle in np.linspace(1, 4, bumps)]
+    for angle, length, thick in ways:
+        way = centre + np.linspace(0, length, 200)[:, None] * (0, np.sin(angle), np.cos(angle))
+        mask |= cKDTree(way / (3, 1, 1)).query(grid / (3, 1, 1), distance_upper_bound=thick)[0] < np.inf
+    return mask, centre, radius
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_what_neuron_encloses_on_all_sides_is_neuron(seed):
+    rng = np.random.default_rng(seed)
+    mask = ndimage.gaussian_filter(rng.random(rng.integers(4, 24, 3)), 0.7) > 0.46
+    found = find_foreground(Volume(mask), find_level(mask))
+    filled = np.zeros(mask.shape, bool)
+    filled[tuple(found.points.astype(int).T)] = True
+    assert (filled == ndimage.binary_fill_holes(mask)).all()
+    assert (np.diff(found.linear) > 0).all()
+
+
+def test_what_neuron_encloses_counts_as_sure_as_what_is_around_it():
+    voxels = np.zeros((9, 9, 9), np.float32)
+    voxels[1:8, 1:8, 1:8] = 0.8
+    voxels[3:6, 3:6, 3:6] = 0.1
+    found = find_foreground(Volume(voxels), find_level(voxels))
+    assert len(found) == 7**3
+    np.testing.assert_allclose(found.probability, 0.8)
+
+
+def test_a_soma_whose_nucleus_is_not_labelled_is_that_soma():
+    mask, centre, _ = _cell()
+    grid = np.moveaxis(np.indices(mask.shape), 0, -1) * (1.0, 0.33, 0.33)
+    whole, hollow = (
+        trace(Volume(labelled, (1.0, 0.33, 0.33)))
+        for labelled in (mask, mask & (np.linalg.norm(grid - centre, axis=-1) > 3))
+    )
+    np.testing.assert_array_equal(hollow.points, whole.points)
+    assert (hollow.types == SOMA).sum() == 1
+
+
+@pytest.mark.parametrize("bumps", [0, 4])
+def test_a_soma_is_measured_as_it_is_beside_neurites_that_blur_stretched(bumps):
+    mask, centre, radius = _cell(bumps)
+    tree = trace(Volume(mask, (1.0, 0.33, 0.33)))
+    assert (tree.types == SOMA).nonzero()[0].tolist() == [0]
+    assert np.linalg.norm(tree.points[0] - centre) < 0.5
+    assert tree.radii[0] == pytest.approx(radius, rel=0.1)
+    assert (tree.parents == 0).sum() == 3  # none at a bump of its surface
+    assert tree.cable_length == pytest.approx(3 * (20 - radius), rel=0.1)
 
 
 def test_a_neurite_that_tapers_has_no_soma():

@@ -17,6 +17,7 @@ _PIECE = (64, 256, 256)  # read at once from disk; reading and blurring repeat w
 _SAMPLE_VOXELS = 1 << 22
 _BLUR_VOXELS = 0.7  # along the finest axis: removes shot noise, leaves neurites of a voxel's width
 _TRUNCATE = 3.0
+_CAVITY_VOXELS = 32  # across: of a nucleus that no label enters
 _CORNERS = OFFSETS[(OFFSETS >= 0).all(1)]
 
 
@@ -118,6 +119,22 @@ class Foreground:
         """
         return distance_to_background(self.index, self.neighbours, self.shape, self.round_step)
 
+    @cached_property
+    def true_depth(self) -> np.ndarray:
+        """The same in units of `step`: for what is so thick that a microscope hardly stretches it."""
+        if (self.step == self.round_step).all():
+            return self.depth
+        return distance_to_background(self.index, self.neighbours, self.shape, self.step)
+
+    def nearest(self, points: np.ndarray) -> np.ndarray:
+        """(M,) row of the voxel that holds each point (M, 3), as `in_volume` gives them; -1 out of the foreground."""
+        place = np.rint(points[:, self.axes] / self.step).astype(np.int64)
+        place = np.where(self.flips, np.array(self.shape) - 1 - place, place)
+        inside = ((place >= 0) & (place < self.shape)).all(1)
+        linear = (place[:, 0] * self.shape[1] + place[:, 1]) * self.shape[2] + place[:, 2]
+        row = np.minimum(np.searchsorted(self.linear, linear), len(self) - 1)
+        return np.where(inside & (self.linear[row] == linear), row, -1)
+
     def depth_at(self, points: np.ndarray) -> np.ndarray:
         """(M,) depth at points (M, 3), posed and in units of `round_step`, interpolated; 0 out of the foreground."""
         place = points / self.round_step
@@ -145,6 +162,36 @@ class Foreground:
         """Only the voxels where `keep` (N,) is true."""
         return replace(self, linear=self.linear[keep], probability=self.probability[keep])
 
+    def without_cavities(self) -> "Foreground":
+        """With the background that neuron encloses on all sides: an unlabelled nucleus, holes where it is dim.
+
+        Only what is at most `_CAVITY_VOXELS` wide along the last axis: gaps in its rows are looked at, no other voxel.
+        """
+        gap = np.diff(self.linear) - 1
+        before = np.flatnonzero((gap > 0) & (gap <= min(_CAVITY_VOXELS, self.shape[2] - 2)))
+        before = before[self._lie_in_gaps(self.linear[before] + (gap[before] + 1) // 2)]
+        if not len(before):
+            return self
+        sizes = gap[before]
+        run = np.repeat(np.arange(len(before)), sizes)
+        cavity = self.linear[before][run] + 1 + np.arange(len(run)) - (np.cumsum(sizes) - sizes)[run]
+        enclosed = _enclosed(cavity, self.linear, self.shape)
+        cavity, ends = cavity[enclosed], before[run[enclosed]]
+        linear = np.concatenate([self.linear, cavity])
+        order = np.argsort(linear, kind="stable")
+        around = (self.probability[ends] + self.probability[ends + 1]) / 2
+        return replace(self, linear=linear[order], probability=np.concatenate([self.probability, around])[order])
+
+    def _lie_in_gaps(self, linear: np.ndarray) -> np.ndarray:
+        """Whether the four neighbours of these voxels in other rows are neuron, or lie in gaps as narrow as theirs."""
+        lie = linear % self.shape[2] > 0
+        for neighbour, inside in _beside(linear, self.shape, (0, 1)):
+            row = np.minimum(np.searchsorted(self.linear, neighbour), len(self) - 1)
+            left, right = self.linear[np.maximum(row - 1, 0)], self.linear[row]
+            same = (left // self.shape[2] == right // self.shape[2]) & (left < neighbour) & (neighbour < right)
+            lie &= inside & ((right == neighbour) | same & (right - left <= _CAVITY_VOXELS + 1))
+        return lie
+
     def components(self) -> np.ndarray:
         """(N,) int32 number of the 26-connected component of each voxel, counted from 0."""
         return self._links[1]
@@ -168,6 +215,33 @@ def _unravelled(linear: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     index[:, 1] = rest // shape[2]
     index[:, 2] = rest - index[:, 1] * shape[2]
     return index
+
+
+def _beside(linear: np.ndarray, shape: tuple[int, ...], axes):
+    """The neighbours on both sides along each of the axes, as flat indices, and whether they lie in the volume."""
+    for axis in axes:
+        jump = math.prod(shape[axis + 1 :])
+        place = linear // jump % shape[axis]
+        yield linear - jump, place > 0
+        yield linear + jump, place < shape[axis] - 1
+
+
+def _enclosed(cavity: np.ndarray, neuron: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Which voxels of `cavity` have no way out of it but into `neuron`; flat indices, both ascending."""
+    closed, others = [], []
+    for neighbour, inside in _beside(cavity, shape, (0, 1, 2)):
+        row, other = (np.minimum(np.searchsorted(a, neighbour), len(a) - 1) for a in (neuron, cavity))
+        closed.append(inside & (neuron[row] == neighbour))
+        others.append(np.where(inside & (cavity[other] == neighbour), other, -1))
+    enclosed = np.ones(len(cavity) + 1, bool)
+    enclosed[-1] = False  # of the neighbours that are none
+    while True:
+        stay = enclosed[:-1] & np.all(
+            [own | enclosed[other] for own, other in zip(closed, others, strict=True)], axis=0
+        )
+        if (stay == enclosed[:-1]).all():
+            return stay
+        enclosed[:-1] = stay
 
 
 def _spread_and_skew(place: np.ndarray, size: int) -> tuple[float, float]:
@@ -216,7 +290,7 @@ def find_foreground(volume: Volume, level: Level) -> Foreground:
         )
     if not len(linear):
         return Foreground(linear, values, volume.shape, np.ones(3), np.arange(3), np.zeros(3, bool))
-    return Foreground.posed(linear, level.probability(values), volume)
+    return Foreground.posed(linear, level.probability(values), volume).without_cavities()
 
 
 class _Smoothed(LazyVoxels):

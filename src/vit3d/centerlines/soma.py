@@ -12,6 +12,7 @@ from vit3d.tree import SOMA, NeuronTree, follow
 
 _FACTORS = (3.0, 1.8)  # a soma is this much thicker than the median and the 90th percentile of the neurites
 _MIN_VOXELS = 4.0
+_STUB_REACH = 1.3  # radii of the soma; what ends nearer is an uneven surface
 _HUB_REACH, _HUB_ARMS = 1.5, 5  # forks so many radii apart are one place where so many neurites leave it
 
 
@@ -19,29 +20,31 @@ def with_soma(tree: NeuronTree, foreground: Foreground) -> NeuronTree:
     """The tree with a soma as its root, where a blob stands out from the neurites; else the same tree.
 
     The soma is one node of type 1 at the blob's centre, with the radius of a ball of its volume. Nodes inside it
-    go; each neurite that leaves it starts with a node on its surface.
+    go, and so does what ends close to it; each neurite that leaves it starts with a node on its surface.
     """
-    thickest = int(tree.radii.argmax())
-    radius = tree.radii[thickest]
+    row = foreground.nearest(tree.points)
+    # Neurites are measured as if round, since blur stretches them. A soma it hardly stretches; that would flatten it.
+    thick = np.maximum(tree.radii, np.where(row >= 0, foreground.true_depth[row], 0))
+    thickest = int(thick.argmax())
+    radius = thick[thickest]
     outside = np.linalg.norm(tree.points - tree.points[thickest], axis=1) > 1.5 * radius
     if not outside.any():
         return tree
-    usual = [f * np.percentile(tree.radii[outside], q) for f, q in zip(_FACTORS, (50, 90), strict=True)]
+    usual = [f * np.percentile(thick[outside], q) for f, q in zip(_FACTORS, (50, 90), strict=True)]
     if radius < max(*usual, _MIN_VOXELS * foreground.step.min()):
         return tree
-    radius = min(radius, float(foreground.depth.max()))
+    radius = min(radius, float(foreground.true_depth.max()))
     core = _core(foreground, tree.points[thickest], radius / 2)
-    inside = core.query(tree.points, distance_upper_bound=radius / 2)[0] <= radius / 2
     tree = tree.rerooted(thickest)
-    inside &= (
-        follow(np.where(inside & (tree.parents >= 0) & inside[tree.parents], tree.parents, np.arange(len(tree))))
-        == thickest
-    )
+    inside = core.query(tree.points, distance_upper_bound=radius / 2)[0] <= radius / 2
+    inside &= tree.root_of == thickest
+    inside[thickest] = True
+    inside |= _ways_in(tree, inside)
     body = foreground.points
     body = body[(np.abs(body - tree.points[thickest]) <= 4 * radius).all(1)]
     body = body[core.query(body, distance_upper_bound=radius / 2)[0] <= radius / 2]
     equivalent = (3 * len(body) * foreground.step.prod() / (4 * math.pi)) ** (1 / 3)
-    return _collapse(tree, inside, thickest, body.mean(0), equivalent, core, radius / 2)
+    return _without_stubs(_collapse(tree, inside, thickest, body.mean(0), equivalent, core, radius / 2))
 
 
 def with_hub(tree: NeuronTree) -> NeuronTree:
@@ -77,10 +80,34 @@ def with_hub(tree: NeuronTree) -> NeuronTree:
 
 def _core(foreground: Foreground, centre: np.ndarray, depth: float) -> cKDTree:
     """The voxels deeper than this that are connected to the one at the centre."""
-    deep = foreground.select(foreground.depth >= depth)
+    deep = foreground.select(foreground.true_depth >= depth)
     component = deep.components()
     points = deep.points
     return cKDTree(points[component == component[np.linalg.norm(points - centre, axis=1).argmin()]])
+
+
+def _ways_in(tree: NeuronTree, inside: np.ndarray) -> np.ndarray:
+    """(N,) bool: nodes by which a branch that hangs on another neurite, outside, comes in beside that neurite."""
+    ways = np.zeros(len(tree), bool)
+    for row in tree.parents[inside & (tree.parents >= 0) & ~inside[tree.parents]]:
+        while not inside[row] and tree.degree[row] == 2:
+            ways[row] = True
+            row = tree.parents[row]
+    return ways
+
+
+def _without_stubs(tree: NeuronTree) -> NeuronTree:
+    """Without what ends within `_STUB_REACH` radii of the soma and never went further."""
+    soma, rows = int(np.flatnonzero(tree.types == SOMA)[0]), np.arange(len(tree))
+    near = np.linalg.norm(tree.points - tree.points[soma], axis=1) <= _STUB_REACH * tree.radii[soma]
+    near = follow(np.where(near & (tree.parents >= 0), tree.parents, rows)) == soma
+    keep = ~near
+    keep[soma] = True
+    row = tree.parents[keep & (tree.parents >= 0)]
+    while len(row := np.unique(row[~keep[row]])):  # each round a step nearer to the soma
+        keep[row] = True
+        row = tree.parents[row]
+    return tree.take(np.flatnonzero(keep))
 
 
 def _collapse(tree, inside, top, centre, radius, core, margin) -> NeuronTree:
