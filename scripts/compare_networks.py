@@ -187,21 +187,47 @@ def perform(run: dict, args, store: Path) -> dict:
 
 
 def means(rows: list[dict]) -> list[dict]:
-    """Mean and standard deviation per network, loss and fold."""
+    """Mean and standard deviation per neuron left out, budget, network and loss."""
     found = []
-    for fold, network, share in product(FOLDS, NETWORKS, sorted({row["missed_share"] for row in rows})):
-        part = [r for r in rows if (r["fold"], r["network"], r["missed_share"]) == (fold, network, share)]
+    budgets = sorted({(row["steps"], row["simulated"]) for row in rows})
+    shares = sorted({row["missed_share"] for row in rows})
+    for fold, (steps, simulated), network, share in product(FOLDS, budgets, NETWORKS, shares):
+        group = {"fold": fold, "steps": steps, "simulated": simulated, "network": network, "missed_share": share}
+        part = [row for row in rows if group.items() <= row.items()]
         if part:
-            shown = ("steps", "windows", "minutes", "loss before", "loss", *SHOWN, "precision of traced")
-            digits = dict(zip(shown[:3], (0, 0, 2), strict=True))
-            spread = {key: f"{fmean(row[key] for row in part):.{n}f}" for key, n in digits.items()}
-            spread |= {key: _spread([row[key] for row in part]) for key in shown[3:]}
-            found.append({"left out": fold, "network": network, "missed": share, "runs": len(part), **spread})
+            told = {"left out": fold, "steps": steps, "simulated": simulated, "network": network, "missed": share}
+            shown = ("loss before", "loss", *SHOWN, "precision of traced")
+            spread = {"runs": len(part), "windows": f"{fmean(row['windows'] for row in part):.0f}"}
+            spread |= {"minutes": f"{fmean(row['minutes'] for row in part):.1f}"}
+            found.append(told | spread | {key: _spread([row[key] for row in part]) for key in shown})
     return found
+
+
+def paired(rows: list[dict]) -> list[dict]:
+    """How often this network's tree has the higher F1, of the runs that another network has with the same seed, neuron
+    left out, budget and loss."""
+    same = ("steps", "simulated", "missed_share", "fold", "seed")
+    ours = {tuple(row[key] for key in same): row["f1"] for row in rows if row["network"] == NETWORKS[0]}
+    groups: dict[tuple, list[float]] = {}
+    for row in rows:
+        run = tuple(row[key] for key in same)
+        if row["network"] != NETWORKS[0] and run in ours:
+            groups.setdefault((*run[:4], row["network"]), []).append(ours[run] - row["f1"])
+    names = ("steps", "simulated", "missed", "left out", "against")
+    return [
+        dict(zip(names, group, strict=True)) | {"runs": len(ahead), "ahead in": sum(f1 > 0 for f1 in ahead)}
+        | {"by, in the mean": _spread(ahead)}
+        for group, ahead in sorted(groups.items())
+    ]  # fmt: skip
 
 
 def _spread(values: list[float]) -> str:
     return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+
+
+def fill_tables(card: Path, rows: list[dict]) -> None:
+    fill_card(card, "accuracy", markdown_table(means(rows)))
+    fill_card(card, "paired", markdown_table(paired(rows)))
 
 
 def main() -> None:
@@ -231,8 +257,7 @@ def main() -> None:
                 with store.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(json.dumps(row), flush=True)
-            alike = [row for row in finished(store) if budget.items() <= row.items()]
-            fill_card(args.card, "accuracy", markdown_table(means(alike)))
+            fill_tables(args.card, finished(store))
 
 
 if __name__ == "__main__":
