@@ -298,3 +298,68 @@ def wait_until(happened, process, seconds: float = 60.0) -> None:
         assert alive, "the run ended before it could be killed"
         assert time.monotonic() < end
         time.sleep(0.001)
+
+
+# --- whose folder it is ---
+
+
+@pytest.mark.parametrize("theirs", ["state", "last", "best", "volumes"])
+def test_a_folder_of_the_users_own_is_never_deleted(base, tmp_path, theirs):
+    mine = tmp_path / theirs / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("years of work")
+    here = replace(base, out=str(tmp_path), max_steps=1)
+    if theirs == "volumes":  # no name of the run's
+        train(here)
+    else:
+        with pytest.raises(ValueError, match=f"holds {theirs}, but no run to which that belongs; choose another --out"):
+            train(here)
+    assert mine.read_text() == "years of work"
+
+
+def test_nor_is_the_data_where_the_run_never_began(base, pair, tmp_path):
+    data = shutil.copytree(pair, tmp_path / "volumes")
+    for gold in data.glob("*.swc"):
+        gold.write_text(gold.read_text().replace("1 0 ", "1 0 9", 1))
+    before = {path.name: path.read_bytes() for path in data.iterdir()}
+    with pytest.raises(ValueError, match="outside|lie"):
+        train(replace(base, data=str(data), out=str(tmp_path)))
+    assert {path.name: path.read_bytes() for path in data.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["volumes"]
+
+
+def test_two_cannot_train_in_one_folder(config):
+    holder = RunFolder(config.out)
+    holder.begin(holder.begun_with())
+    before = {path: path.read_bytes() for path in Path(config.out).rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="Another process is training in"):
+        train(config, resume=True)
+    assert {path: path.read_bytes() for path in Path(config.out).rglob("*") if path.is_file()} == before
+    holder.release()
+    train(config, resume=True)
+
+
+# --- what a checkpoint keeps of its own ---
+
+
+def test_going_on_from_a_checkpoint_records_what_it_does(config, whole, tmp_path):
+    slices = {"prediction": "center_slice", "patch_size": (5, 8, 8), "volume_size": (5, 32, 32)}
+    init = make_checkpoint(tmp_path / "slices", **slices)
+    out = tmp_path / "run"
+    train(replace(config, init=init, out=str(out), max_steps=1))
+    facts = json.loads((out / "training.json").read_text())
+    assert (facts["prediction"], facts["strategy"]) == ("center_slice", None)
+    train(replace(config, init=init, out=str(out), max_steps=1), resume=True)
+
+
+@pytest.mark.parametrize(
+    "asked, sentence",
+    [
+        ({"prediction": "center_slice"}, "predicts by `volume`, which no training changes"),
+        ({"strategy": "average"}, "--strategy says how a 2D ViT becomes 3D, and --init .* is 3D already"),
+    ],
+)
+def test_what_a_checkpoint_cannot_be_made_to_is_refused(base, tmp_path, asked, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        train(replace(base, out=str(tmp_path / "run"), **asked))
+    assert not (tmp_path / "run").exists()

@@ -509,8 +509,10 @@ def train(
         str, typer.Option(help="2D ViT to inflate, or a vit3d checkpoint to go on from.")
     ] = "facebook/dino-vitb16",
     out: Annotated[str, typer.Option(help="Folder of the run.")] = "run",
-    strategy: Annotated[str, typer.Option(help="center, average or random.")] = "center",
-    prediction: Annotated[str, typer.Option(help="volume, or center_slice: the paper's mode.")] = "volume",
+    strategy: Annotated[str | None, typer.Option(help="Of a 2D ViT: center (default), average or random.")] = None,
+    prediction: Annotated[
+        str | None, typer.Option(help="Of a 2D ViT: volume (default), or center_slice, the paper's mode.")
+    ] = None,
     validate: Annotated[
         str, typer.Option(help="Neurons kept out to validate on: names, comma-separated, or a split, such as test.")
     ] = "",
@@ -561,7 +563,7 @@ def train(
 
     disable_progress_bar()  # one per checkpoint, between the lines of the training's own
     new_folder(Path(out))
-    names = tuple(name for name in validate.split(",") if name)
+    names = tuple(name.strip() for name in validate.split(",") if name.strip())
     config = TrainingConfig(
         data, init, out, strategy, prediction, names, split_file, triple(spacing, "--spacing"), gold, spacing_table,
         align=align, keep_misplaced=keep_misplaced, simulated=simulated,

@@ -162,7 +162,7 @@ class Record:
         if not self.training:
             return ""
         losses = [line["loss"] for line in self.history if "loss" in line][-20:]
-        row = {key: self.training[key] for key in _RUN if key in self.training}
+        row = {key: self.training[key] for key in _RUN if self.training.get(key) is not None}
         if self.history:
             row["steps done"] = self.history[-1].get("step", "")
         if losses:

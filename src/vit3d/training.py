@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -57,6 +57,7 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
     register()
     rows, config = chosen_neurons(config)
     folder = RunFolder(config.out)
+    config = as_begun(config, folder.begun_with() if resume else None)
     facts = {**asdict(config), "num_processes": accelerator.num_processes, "neurons": neuron_facts(rows)}
     folder.refuse_unless_free(facts, resume)
     if folder.step == config.max_steps:  # it is finished
@@ -76,10 +77,13 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
     length = config.max_steps * config.accumulation * config.batch_size * accelerator.num_processes
     crops = CropDataset(volumes, weights, processor, length, config.seed, model.config)
     accelerator.wait_for_everyone()  # every process has looked whether the folder is free
-    if accelerator.is_main_process:
-        folder.begin(facts)
-    accelerator.wait_for_everyone()
-    return TrainingRun(config, accelerator, folder, model, crops, validator).go()
+    try:
+        if accelerator.is_main_process:
+            folder.begin(facts)
+        accelerator.wait_for_everyone()
+        return TrainingRun(config, accelerator, folder, model, crops, validator).go()
+    finally:
+        folder.release()
 
 
 class TrainingRun:
@@ -294,17 +298,36 @@ def _checkpoint_activations(model) -> None:
         model.gradient_checkpointing_enable(how)
 
 
+def as_begun(config: TrainingConfig, before: dict | None) -> TrainingConfig:
+    """The configuration with a `strategy` and a `prediction`: as the run was begun with (`before`), or as `init` has
+    them. ValueError: they are asked of a checkpoint, which keeps its own."""
+    names = ("strategy", "prediction")
+    if before is not None:
+        return replace(config, **{name: getattr(config, name) or before.get(name) for name in names})
+    found = _config_of(config.init)
+    if found.model_type != "vit3d":
+        return replace(config, strategy=config.strategy or "center", prediction=config.prediction or "volume")
+    if config.strategy:
+        raise ValueError(f"--strategy says how a 2D ViT becomes 3D, and --init {config.init} is 3D already.")
+    if config.prediction not in (None, found.prediction):
+        raise ValueError(f"--init {config.init} predicts by `{found.prediction}`, which no training changes.")
+    return replace(config, prediction=found.prediction)
+
+
+def _config_of(init: str):
+    try:
+        return AutoConfig.from_pretrained(place_of(init))
+    except OSError as error:
+        raise ValueError(f"--init {init} is no folder and no model that the Hub gives out now.") from error
+
+
 def initial_model(config: TrainingConfig) -> ViT3DForNeuronSegmentation:
     """Go on from a vit3d checkpoint (a shipped name too), or inflate a 2D ViT."""
-    try:
-        kind = AutoConfig.from_pretrained(place_of(config.init)).model_type
-    except OSError as error:
-        raise ValueError(f"--init {config.init} is no folder and no model that the Hub gives out now.") from error
-    if kind == "vit3d":
+    if _config_of(config.init).model_type == "vit3d":
         return load_checkpoint(config.init, "cpu", dtype=torch.float32)[0]
     sizes = {"patch_size": (5, 8, 8), "volume_size": (5, 112, 112)} if config.prediction == "center_slice" else {}
     return ViT3DForNeuronSegmentation.from_2d_pretrained(
-        config.init, config.strategy, prediction=config.prediction, **sizes
+        config.init, config.strategy or "center", prediction=config.prediction or "volume", **sizes
     )
 
 

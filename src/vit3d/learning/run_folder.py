@@ -3,11 +3,12 @@
 training.json   the configuration, from which on the folder holds a run
 metrics.jsonl   one line per logged step; curve.png draws it
 state/STEP      all that `--resume` needs
-volumes         while it runs: what crops are cut from
+.volumes        while it runs: what crops are cut from
 last, best      checkpoints: the newest, and the one that validated best
 """
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -31,19 +32,22 @@ class RunFolder:
         self.path = Path(out)
         self.facts, self.metrics = self.path / "training.json", self.path / "metrics.jsonl"
         self.states, self.curve = self.path / "state", self.path / "curve.png"
-        self.volumes = self.path / "volumes"
+        self.volumes = self.path / ".volumes"
         self.last, self.best = self.path / "last", self.path / "best"
+        self.claim: int | None = None  # a lock, while it is this process's run
 
     def refuse_unless_free(self, facts: dict, resume: bool) -> None:
-        """ValueError: the folder holds a run and `resume` is False, or a run of another configuration."""
+        """ValueError: the folder holds a run and `resume` is False, a run of another configuration, or other files that
+        a run would replace."""
         if not self.facts.exists():
+            files = (self.states, self.last, self.best, self.metrics, self.curve)
+            theirs = ", ".join(path.name for path in files if path.exists())
+            if theirs:
+                raise ValueError(f"{self.path} holds {theirs}, but no run to which that belongs; choose another --out.")
             return
         if not resume:
             raise ValueError(f"{self.path} already holds a run; choose another --out, or go on with --resume.")
-        try:
-            before = json.loads(self.facts.read_text())
-        except ValueError:
-            raise ValueError(f"{self.facts} is no JSON: nobody knows what to resume; choose another --out.") from None
+        before = self.begun_with() or {}
         now = json.loads(json.dumps(facts))
         for name in sorted(before.keys() | now.keys()):
             if name not in FREE and before.get(name) != now.get(name):
@@ -51,6 +55,13 @@ class RunFolder:
                 raise ValueError(
                     f"{self.path} cannot be resumed with another configuration: `{name}` was {old}, now it is {new}."
                 )
+
+    def begun_with(self) -> dict | None:
+        """What the run in this folder was begun with, None where there is no run. ValueError: nobody can read it."""
+        try:
+            return json.loads(self.facts.read_text()) if self.facts.exists() else None
+        except ValueError:
+            raise ValueError(f"{self.facts} is no JSON: nobody knows what to resume; choose another --out.") from None
 
     @contextmanager
     def left_as_it_was(self) -> Iterator[None]:
@@ -64,15 +75,31 @@ class RunFolder:
             raise
 
     def begin(self, facts: dict) -> None:
-        """Claim the folder, and forget whatever was logged or half-saved after the newest state."""
-        if not self.facts.exists():
-            shutil.rmtree(self.states, ignore_errors=True)  # of a run that nobody knows any more
+        """Claim the folder for as long as this process lives, and forget whatever was logged or half-saved after the
+        newest state. ValueError: another process has it."""
         self.states.mkdir(parents=True, exist_ok=True)
+        self._claim()
         for leftover in self.states.glob("*.partial"):
             shutil.rmtree(leftover)
         _write_text(self.facts, json.dumps(facts, indent=2))
         lines = [json.dumps(row) for row in self.rows() if row["step"] <= self.step]
         _write_text(self.metrics, "".join(line + "\n" for line in lines))
+
+    def _claim(self) -> None:
+        try:
+            import fcntl
+
+            self.claim = os.open(self.states, os.O_RDONLY)
+            fcntl.flock(self.claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"Another process is training in {self.path}.") from None
+        except (ImportError, OSError):
+            pass  # Windows, or a file system that knows no locks
+
+    def release(self) -> None:
+        if self.claim is not None:
+            os.close(self.claim)
+            self.claim = None
 
     def rows(self) -> list[dict]:
         """The lines of `metrics.jsonl`, without one that a kill cut short."""

@@ -12,8 +12,9 @@ class TrainingConfig:
     """Everything a run depends on; written to `OUT/training.json`.
 
     data: folder of stacks and golds (layouts: `annotations.pairs`; SWCs in voxels where they say no unit); may be "".
-    init: a 2D ViT (Hub id or folder) to inflate with `strategy`, or a vit3d checkpoint to go on from.
-    prediction: "volume", or "center_slice": the paper's mode, five slices in and their centre out.
+    init: a 2D ViT (Hub id or folder) to inflate with `strategy` (None: center), or a vit3d checkpoint to go on from.
+    prediction: "volume", or "center_slice": the paper's mode, five slices in and their centre out. None: volume, or as
+    the checkpoint does.
     validate: names of neurons kept out of training, or of a split, which stands for its neurons with an SWC; the
     checkpoint with the best mean F1 on them is kept.
     split_file: see `annotations.pairs.read_split_file`. With it, or with a split in `validate`, only the split
@@ -37,8 +38,8 @@ class TrainingConfig:
     data: str
     init: str
     out: str
-    strategy: str = "center"
-    prediction: str = "volume"
+    strategy: str | None = None
+    prediction: str | None = None
     validate: tuple[str, ...] = ()
     split_file: str | None = None
     spacing_um: tuple[float, float, float] | None = None
