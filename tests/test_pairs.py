@@ -212,6 +212,10 @@ def test_a_table_that_cannot_be_read_is_refused(gold166, tmp_path, text, sentenc
         find_pairs(gold166, spacing_table=table)
     with pytest.raises(FileNotFoundError, match=r"spacing table .* does not exist"):
         find_pairs(gold166, spacing_table=tmp_path / "none.csv")
+    table = tmp_path / "others.csv"
+    table.write_text("name,z_um,y_um,x_um\nzzz,1,1,1\n")
+    with pytest.raises(ValueError, match=r"others\.csv says nothing of any neuron in .*: it names zzz"):
+        find_pairs(gold166, spacing_table=table)
 
 
 # --- splits ---
@@ -229,6 +233,11 @@ def test_a_split_file_is_json_or_csv(gold166, tmp_path):
     as_csv.write_text(f"name,split\n{CELL},train\n{FLY},held_out\n")
     expected = {CELL: "train", FLY: "held_out"}
     assert read_split_file(as_json, rows) == read_split_file(as_csv, rows) == expected
+    as_csv.write_text(f"name, split\n{CELL} , Train \n{FLY},held_out\n")  # as spreadsheets and people write it
+    assert read_split_file(as_csv, rows) == expected
+    as_csv.write_bytes("name,split\nn\u00fcrnberg,train\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"split\.csv is no text in UTF-8"):
+        read_split_file(as_csv, rows)
 
 
 @pytest.mark.parametrize("name, text, sentence", [
@@ -236,6 +245,8 @@ def test_a_split_file_is_json_or_csv(gold166, tmp_path):
     ("a.json", '{"train": ["140921c3"], "test": ["140921c3"]}', "puts 140921c3 into two splits; a neuron belongs"),
     ("a.json", '["140921c3"]', 'is no split file: JSON has the form {"train"'),
     ("a.json", "train", "is no split file"),
+    ("a.json", '{"train": "140921c3"}', "is no split file"),
+    ("a.csv", "name,split\n140921c3,\n", "puts 140921c3 into no split"),
     ("a.csv", "neuron,part\na,train\n", "must have the columns name, split; it has neuron, part"),
 ])  # fmt: skip
 def test_a_split_file_that_makes_no_sense_is_refused(gold166, tmp_path, name, text, sentence):

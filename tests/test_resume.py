@@ -322,7 +322,7 @@ def test_nor_is_the_data_where_the_run_never_began(base, pair, tmp_path):
     for gold in data.glob("*.swc"):
         gold.write_text(gold.read_text().replace("1 0 ", "1 0 9", 1))
     before = {path.name: path.read_bytes() for path in data.iterdir()}
-    with pytest.raises(ValueError, match="outside|lie"):
+    with pytest.raises(ValueError, match=r"outside|lie"):
         train(replace(base, data=str(data), out=str(tmp_path)))
     assert {path.name: path.read_bytes() for path in data.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["volumes"]

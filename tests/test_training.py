@@ -259,7 +259,7 @@ def test_the_command_trains_and_says_where(tiny, data, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([*words, "--validate", "um,voxel"])
     assert stopped.value.code == 2
-    assert "Nothing to train on" in capsys.readouterr().err
+    assert "is left to train on: all validate, or are in another split" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     with pytest.raises(SystemExit) as stopped:
         main([*words, "--validate", "um"])
@@ -359,6 +359,9 @@ def test_a_partly_annotated_stack_is_trained_on_where_it_is_annotated(config, tm
     (folder / "part.swc").unlink()
     write_volume(Volume(codes), folder / "part_label.tif")
     train(replace(config, data=str(folder), validate=(), max_steps=1))
+    write_volume(Volume((codes == 2).astype(np.uint8)), folder / "part_label.tif")
+    with pytest.raises(ValueError, match=r"part_label\.tif holds no neurite, which is code 2; a mask .* NAME_mask"):
+        train(replace(config, data=str(folder), validate=(), out=str(tmp_path / "as codes")))
     with pytest.raises(ValueError, match=r"--validate names \['part'\], which have no SWC"):
         train(replace(config, data=str(folder), validate=("part",), out=str(tmp_path / "other")))
 
@@ -495,6 +498,11 @@ def test_a_split_can_validate_and_only_the_split_train_is_then_trained_on(config
     assert (names(rows), chosen.validate) == (all_of_them - {"n1"}, ("n2", "n4"))
     rows, chosen = chosen_neurons(replace(with_file, validate=("n3",)))
     assert (names(rows), chosen.validate) == (all_of_them - {"n1", "n2", "n4"}, ("n3",))
+    file.write_text("name,split\n" + "".join(f"{name},test\n" for name in all_of_them))
+    with pytest.warns(UserWarning, match=r"No neuron of .*many is trained on, simulated ones alone"):
+        chosen_neurons(replace(with_file, validate=(), simulated=3))
+    with pytest.raises(ValueError, match=r"No neuron of .*many is left to train on"):
+        chosen_neurons(replace(with_file, validate=(), simulated=0))
     file.write_text("name,split\nn0,test\n")
     few = replace(with_file, data=str(many), validate=("validation",))
     with pytest.raises(ValueError, match=r"--validate names \['validation'\], which .*many does not hold"):

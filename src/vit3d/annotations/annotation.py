@@ -93,15 +93,19 @@ def read_gold(
 def read_labels(row: dict, shape: tuple[int, int, int]) -> np.ndarray:
     """(Z, Y, X) int8 of a row with a label volume: 1 neurite, 0 background, -100 not annotated.
 
-    ValueError: not the stack's shape, a code without a meaning.
+    ValueError: not the stack's shape, a code without a meaning, no neurite.
     """
     codes = np.asarray(read_volume(row["label"]).voxels)
     if codes.shape != tuple(shape):
         raise ValueError(f"{row['label']} has the shape {codes.shape}, but its stack has {tuple(shape)}.")
     try:
-        return labels_from_mask(codes) if is_mask(row["label"]) else labels_from_codes(codes)
+        labels = labels_from_mask(codes) if is_mask(row["label"]) else labels_from_codes(codes)
     except ValueError as error:
         raise ValueError(f"{row['label']}: {error}") from None
+    if not (labels == 1).any():
+        named = "" if is_mask(row["label"]) else ", which is code 2; a mask of 0 and another value is named NAME_mask"
+        raise ValueError(f"{row['label']} holds no neurite{named}.")
+    return labels
 
 
 def _in_voxels(row: dict, spacing_um) -> NeuronTree:

@@ -12,6 +12,7 @@ Nothing here looks into a stack.
 
 import csv
 import hashlib
+import io
 import json
 import math
 import re
@@ -108,8 +109,16 @@ def survey(data_dir: str | Path, *, gold: str | None = None, spacing_table: str 
     table = Path(spacing_table) if spacing_table else root / SCALING_TABLE
     if spacing_table or table.is_file():
         spacings, files = SpacingTable.read(table), [*files, table]
-        rows = [{**row, **spacings.of(row)} for row in rows]
+        said = [spacings.of(row) for row in rows]
+        if spacing_table and not any(said):
+            raise ValueError(f"{table} says nothing of any neuron in {root}: it names {_few(spacings.facts)}.")
+        rows = [{**row, **facts} for row, facts in zip(rows, said, strict=True)]
     return Survey(_named(rows), sorted(alone), files)
+
+
+def _few(names) -> str:
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"
 
 
 def split_of(neuron: str) -> str:
@@ -129,7 +138,8 @@ def splits_of(rows: list[dict], split_file: str | Path | None = None) -> dict[st
 def read_split_file(path: str | Path, rows: list[dict]) -> dict[str, str]:
     """Split by name: JSON `{"train": [names], "test": [names]}`, or a CSV with the columns name, split.
 
-    ValueError: no such file or columns, a name that no row has, a neuron in two splits.
+    "train" and "test" are understood in capitals too. ValueError: no such file or columns, a name that no row has, a
+    neuron in two splits or in none.
     """
     path = Path(path)
     if not path.is_file():
@@ -138,6 +148,10 @@ def read_split_file(path: str | Path, rows: list[dict]) -> dict[str, str]:
         pairs = _json_splits(path)
     else:
         pairs = [(line["name"], line["split"]) for line in _csv_lines(path, {"name", "split"})]
+    pairs = [(name, split.lower() if split.lower() in ("train", "test") else split) for name, split in pairs]
+    nowhere = sorted(name for name, split in pairs if not split)
+    if nowhere:
+        raise ValueError(f"{path} puts {', '.join(nowhere)} into no split.")
     splits = dict(pairs)
     twice = sorted({name for name, split in pairs if splits[name] != split})
     if twice:
@@ -150,10 +164,16 @@ def read_split_file(path: str | Path, rows: list[dict]) -> dict[str, str]:
 
 def _json_splits(path: Path) -> list[tuple[str, str]]:
     try:
-        return [(name, split) for split, names in json.loads(path.read_text()).items() for name in names]
-    except (ValueError, AttributeError, TypeError):
+        splits = json.loads(path.read_text())
+        fits = all(
+            isinstance(names, list) and all(isinstance(name, str) for name in names) for names in splits.values()
+        )
+    except (ValueError, AttributeError):
+        fits = False
+    if not fits:
         form = '{"train": [names], "test": [names]}'
-        raise ValueError(f"{path} is no split file: JSON has the form {form}.") from None
+        raise ValueError(f"{path} is no split file: JSON has the form {form}.")
+    return [(name, split) for split, names in splits.items() for name in names]
 
 
 # --- folders ---
@@ -351,13 +371,18 @@ def _spacing(words: list[str], path: Path, number: int) -> tuple[float, ...] | N
 
 
 def _csv_lines(path: Path, *wanted: set[str]) -> Iterator[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text in UTF-8; save it as CSV UTF-8.") from None
+    with io.StringIO(text, newline="") as file:
         reader = csv.DictReader(file)
-        columns = set(reader.fieldnames or [])
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+        columns = set(reader.fieldnames)
         if not any(names <= columns for names in wanted):
             names = " or ".join(", ".join(sorted(names)) for names in wanted)
             raise ValueError(f"{path} must have the columns {names}; it has {', '.join(sorted(columns)) or 'none'}.")
         for number, line in enumerate(reader, start=2):
             if None in line.values():
                 raise ValueError(f"{path}, line {number} has fewer columns than the first line.")
-            yield line
+            yield {column: cell.strip() if isinstance(cell, str) else cell for column, cell in line.items()}

@@ -48,6 +48,11 @@ def chosen_neurons(config: TrainingConfig) -> tuple[list[dict], TrainingConfig]:
         raise ValueError(f"--validate {split}: no neuron with an SWC is in that split; name neurons, or --split-file.")
     if named or config.split_file:
         rows = [row for row in rows if row["name"] in asked or splits[row["name"]] == "train"]
+    if config.data and all(row["name"] in asked for row in rows):
+        if not config.simulated:
+            raise ValueError(f"No neuron of {config.data} is left to train on: all validate, or are in another split.")
+        told = f"No neuron of {config.data} is trained on, simulated ones alone: all validate, or are in another split."
+        warnings.warn(told, stacklevel=2)
     return rows, replace(config, validate=tuple(row["name"] for row in rows if row["name"] in asked))
 
 
