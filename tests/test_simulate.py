@@ -67,6 +67,42 @@ def test_the_point_spread_is_wider_along_z():
     assert z > 5 * min(y, x)  # the axon crosses the stack along one of y and x; the other is across it
 
 
+CLEAR = Microscope(photons=1e5, read_noise=0, background=0, haze=0, gain=0.5, debris=0, bits=16)
+
+
+def test_of_a_neurite_labelled_on_its_membrane_the_wall_is_bright_and_the_inside_dark():
+    thick = Style(stem_radius_um=2.0, thinnest_um=2.0, beads=0, boutons=0, branch_every_um=1e9, tortuosity=0)
+    size = {"shape": (61, 61, 61), "spacing_um": (0.33, 0.33, 0.33)}
+    ratio = []
+    for membrane in (0.0, 0.5, 1.0):
+        volume, tree = simulate_neuron(
+            style=thick, microscope=replace(CLEAR, psf_um=(0.3, 0.3, 0.3), membrane=membrane), **size
+        )
+        inner = tree.to("voxel")
+        kept = ((inner.points > 12) & (inner.points < 48)).all(axis=1)
+        wall = inner.points[kept] + inner.radii[kept, None] * (1, 0, 0)
+        at = (ndimage.map_coordinates(volume.voxels, points.T, order=1).mean() for points in (wall, inner.points[kept]))
+        ratio.append(next(at) / next(at))
+    assert ratio[0] < 0.8
+    assert ratio[0] < ratio[1] < ratio[2]
+    assert ratio[2] > 2
+
+
+def test_without_a_pinhole_the_light_of_a_slice_reaches_others_wide_and_dim():
+    plain = Style(beads=0, boutons=0, branch_every_um=1e9, tortuosity=0)
+    size = {"shape": (61, 61, 61), "spacing_um": (1.0, 0.33, 0.33), "style": plain}
+    (sharp, tree), (wide, _) = (simulate_neuron(microscope=replace(CLEAR, cone=cone), **size) for cone in (0, 0.5))
+    inner = tree.to("voxel").points
+    inner = inner[((inner > 10) & (inner < 50)).all(axis=1)]
+    extra = wide.voxels.astype(float) - sharp.voxels
+    level = ndimage.map_coordinates(sharp.voxels, inner.T, order=1).mean()
+    here, near, far = (
+        ndimage.map_coordinates(extra, (inner + np.array((z, 0, 0))).T, order=1).mean() / level for z in (0, 5, 10)
+    )
+    assert here == pytest.approx(0.5, rel=0.3)
+    assert here > near > far > 0.02
+
+
 def test_a_cleaned_background_is_zero():
     volume, _ = simulate_neuron(shape=SHAPE, microscope=Microscope(cleaned=True, debris=0))
     assert (volume.voxels == 0).mean() > 0.9

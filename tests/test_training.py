@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from scipy.spatial import cKDTree
 
 from runs import SIZES, WINDOW, equal, launch, losses, make_checkpoint, make_pairs, metrics, weights
 from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation, ViT3DImageProcessor, segment
@@ -38,14 +39,15 @@ from vit3d.learning.training_data import (
 )
 from vit3d.learning.validation import Validator
 from vit3d.metrics import metric_folder
+from vit3d.morphometry import resample
 from vit3d.patches import CropDataset
 from vit3d.reconstruction import reconstruct
 from vit3d.regridding import as_trained
 from vit3d.scoring import score_trees
-from vit3d.simulate import random_neuron, simulate_neuron
-from vit3d.targets import training_labels
+from vit3d.simulate import Style, random_neuron, simulate_neuron
+from vit3d.targets import IGNORED, training_labels
 from vit3d.training import Clock, TrainingConfig, TrainingRun, read_gold, save, train
-from vit3d.tree import read_swc, write_swc
+from vit3d.tree import NeuronTree, read_swc, write_swc
 from vit3d.volume import Volume, read_volume, write_volume
 
 CONFIG = ViT3DConfig(**SIZES, **WINDOW)
@@ -297,6 +299,21 @@ def test_a_part_of_a_refined_stack_has_its_grey_levels_and_its_labels(spacing_um
     assert part.statistics == processor.measure(seen.voxels) != processor.measure(seen.voxels[box])
     assert np.array_equal(part.voxels, seen.voxels[box])
     assert np.array_equal(part.labels, whole[box])
+
+
+def test_a_thick_simulated_neurite_is_labelled_to_its_surface_and_a_soma_as_far_as_that():
+    thick = Style(stem_radius_um=6.0, thinnest_um=6.0, beads=0, boutons=0, branch_every_um=1e9, tortuosity=0)
+    volume, tree = simulate_neuron(shape=(60, 60, 60), spacing_um=(1.0, 1.0, 1.0), style=thick)
+    away = cKDTree(resample(tree, 0.5).points).query(np.stack(np.indices(volume.shape), -1))[0]
+    whole = (slice(0, 60),) * 3
+    labels = _part("thick", volume, tree.to("voxel"), whole, ViT3DImageProcessor.from_config(KNOWING)).labels
+    assert (labels[away < 5] == 1).all()
+    assert (labels[away > 7] == 0).all()
+    soma = NeuronTree([[30.0, 30.0, 30.0]], [15.0], [-1], unit="voxel", spacing_um=(1.0, 1.0, 1.0))
+    away = np.linalg.norm(np.indices(volume.shape) - 30.0, axis=0)
+    labels = _part("soma", volume, soma, whole, ViT3DImageProcessor.from_config(KNOWING)).labels
+    assert (labels[away < 7] == 1).all()
+    assert (labels[(away > 9) & (away < 14)] == IGNORED).all()
 
 
 @pytest.mark.parametrize("at", [0, 0.3, 1])

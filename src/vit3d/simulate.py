@@ -5,7 +5,7 @@
 """
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy import ndimage
@@ -59,18 +59,25 @@ class Style:
             num_stems=num_stems,
         )
 
+    def thicker(self, rng: np.random.Generator, spacing_um: Spacing) -> "Style":
+        """The same neuron with neurites up to seven x-voxels in radius."""
+        stem = max(self.stem_radius_um, _log_uniform(rng, 1.5, 7.0) * spacing_um[2])
+        return replace(self, stem_radius_um=stem, thinnest_um=min(stem, rng.uniform(0.7, 4.0) * spacing_um[2]))
+
 
 @dataclass(frozen=True)
 class Microscope:
     """How a stack is made. Intensities are shares of the signal on a bright neurite; the defaults resemble a
     confocal stack of good quality."""
 
+    membrane: float = 0.0  # share of the label that lies in the membrane: at 1 a thick neurite is a hollow tube
     psf_um: Spacing = (1.5, 0.35, 0.35)  # standard deviations of the blur (z, y, x)
     photons: float = 60.0  # counted at intensity 1: shot noise
     read_noise: float = 0.01
     background: float = 0.03
     unevenness: float = 0.3  # relative variation of the background over the field
     haze: float = 0.02  # light from out of focus
+    cone: float = 0.0  # light of the slices above and below, as a microscope without a pinhole sees it
     black_level: float = 0.8  # share of the background that the detector's offset takes away
     gain: float = 1.2  # above 1 saturates the brightest parts
     smooth_vox: float = 0.0  # blur after the noise, as resampling and denoising leave it
@@ -135,13 +142,15 @@ def random_neuron(seed: int, shape: Shape = (64, 256, 256)) -> tuple[Volume, Neu
     rng = np.random.default_rng([seed, 1])
     in_plane_um = _log_uniform(rng, 0.1, 1.0)
     spacing_um = (in_plane_um * _log_uniform(rng, 1.0, 5.0), in_plane_um, in_plane_um)
+    polarity = "dark" if rng.random() < 0.15 else "bright"
+    style, microscope = Style.random(rng, spacing_um), Microscope.random(rng, spacing_um)
+    if rng.random() < 0.15:
+        style = style.thicker(rng, spacing_um)
+        microscope = replace(microscope, membrane=rng.uniform(0.5, 1.0))
+    if rng.random() < (0.6 if polarity == "dark" else 0.2):  # transmitted light has no pinhole
+        microscope = replace(microscope, cone=rng.uniform(0.1, 0.7))
     return simulate_neuron(
-        seed=seed,
-        shape=shape,
-        spacing_um=spacing_um,
-        polarity="dark" if rng.random() < 0.15 else "bright",
-        style=Style.random(rng, spacing_um),
-        microscope=Microscope.random(rng, spacing_um),
+        seed=seed, shape=shape, spacing_um=spacing_um, polarity=polarity, style=style, microscope=microscope
     )
 
 
@@ -307,10 +316,12 @@ def expose(
 ) -> np.ndarray:
     """(Z, Y, X) uint8 or uint16: the stack that the microscope makes of the tree (um), bright on dark."""
     tree_vox = tree.to("voxel")
-    signal = _fluorescence(rng, tree_vox, brightness, shape, microscope.debris)
+    signal = _fluorescence(rng, tree_vox, brightness, shape, microscope)
     signal = ndimage.gaussian_filter(signal, np.array(microscope.psf_um) / tree.spacing_um, truncate=3)
-    signal /= _trace_level(signal, tree_vox)
+    signal /= _trace_level(signal, tree_vox, on_wall=microscope.membrane > 0)
     light = signal + microscope.haze * _out_of_focus(signal)
+    if microscope.cone > 0:
+        light += microscope.cone * _cone(signal, tree_vox)
     ground = microscope.background * _field(rng, shape, microscope.unevenness)
     light += ground
     light = rng.poisson(microscope.photons * light).astype(np.float32) / microscope.photons
@@ -324,27 +335,46 @@ def expose(
     return _digitised(light * microscope.gain, microscope.bits)
 
 
-def _fluorescence(rng, tree_vox: NeuronTree, brightness: np.ndarray, shape: Shape, debris: int) -> np.ndarray:
+def _fluorescence(rng, tree_vox: NeuronTree, brightness: np.ndarray, shape: Shape, microscope: Microscope):
     """(Z, Y, X) float32 in [0, 1]: brightness times the share of each voxel that is neurite (or debris)."""
     points, radii = sample_balls(tree_vox, step_vox=0.5)
     rows, fraction = sample_edges(tree_vox, step_vox=0.5)
     parents = np.where(tree_vox.parents[rows] < 0, rows, tree_vox.parents[rows])
     light = brightness[rows] + fraction * (brightness[parents] - brightness[rows])
-    points = np.concatenate([points, rng.uniform(0, shape, (debris, 3))])
-    radii = np.concatenate([radii, rng.gamma(2, 0.4, debris)])
-    light = np.concatenate([light, rng.uniform(0.1, 1, debris)]).astype(np.float32)
+    points = np.concatenate([points, rng.uniform(0, shape, (microscope.debris, 3))])
+    radii = np.concatenate([radii, rng.gamma(2, 0.4, microscope.debris)])
+    light = np.concatenate([light, rng.uniform(0.1, 1, microscope.debris)]).astype(np.float32)
     spacing = np.array(tree_vox.spacing_um)
     outer = radii[:, None] * spacing[2] / spacing + 0.5  # coverage falls from 1 to 0 over a voxel
-    image = np.zeros(shape, np.float32)
+    image, depth = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     for voxels, balls, distances in voxels_near(points, outer, shape):
-        coverage = np.clip((1 - distances) * outer[balls, 2].astype(np.float32), 0, 1)
-        np.maximum.at(image.ravel(), voxels, coverage * light[balls])
-    return image
+        below = (1 - distances) * outer[balls, 2].astype(np.float32)  # the surface, in x-voxels
+        np.maximum.at(image.ravel(), voxels, np.clip(below, 0, 1) * light[balls])
+        if microscope.membrane > 0:
+            np.maximum.at(depth.ravel(), voxels, below)
+    inside = np.exp(-0.5 * np.clip(depth - 0.5, 0, None) ** 2)  # of the membrane's label; it is a voxel thick
+    return image * (1 - microscope.membrane * (1 - inside))
 
 
-def _trace_level(signal: np.ndarray, tree_vox: NeuronTree) -> float:
-    """What a bright neurite measures: the 80th percentile along the trace."""
-    return float(max(np.percentile(ndimage.map_coordinates(signal, tree_vox.points.T, order=1), 80), 1e-6))
+def _trace_level(signal: np.ndarray, tree_vox: NeuronTree, *, on_wall: bool) -> float:
+    """What a bright neurite measures: the 80th percentile along the trace, or along its wall where that is more."""
+    places = [tree_vox.points]
+    if on_wall:
+        places.append(tree_vox.points + tree_vox.radii[:, None] * (0, 1, 0))
+    levels = [np.percentile(ndimage.map_coordinates(signal, points.T, order=1), 80) for points in places]
+    return float(max(*levels, 1e-6))
+
+
+def _cone(signal: np.ndarray, tree_vox: NeuronTree) -> np.ndarray:
+    """The light of other slices, each the wider and dimmer the further it is away; 1 on a bright neurite."""
+    voxel = tree_vox.spacing_um[2] / np.array(tree_vox.spacing_um)
+    coarse = signal[:, ::2, ::2]
+    half = voxel / (1, 2, 2)
+    spread = sum(
+        width * ndimage.gaussian_filter(coarse, width * half * (6, 1, 1), truncate=2, mode="nearest")
+        for width in (1.5, 3, 6)
+    )
+    return _enlarged(spread / _trace_level(_enlarged(spread, signal.shape), tree_vox, on_wall=False), signal.shape)
 
 
 def _out_of_focus(signal: np.ndarray) -> np.ndarray:

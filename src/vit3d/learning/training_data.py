@@ -23,6 +23,7 @@ from ..volume import Volume
 from .training_config import TrainingConfig
 
 MIN_RADIUS_VOX = 1.5  # thinner than that a neurite has no inside for a network that paints patches
+THICKEST_VOX = 8.0  # radius to which a simulated neurite is labelled: its radii are true, unlike many golds'
 _SIMULATED_SEEDS = 10_000  # neurons of one training seed; nobody trains on the seeds below the first of them
 _LARGEST_SIMULATED = (128, 384, 384)  # voxels (z, y, x) kept of a simulated neuron: on finer ones all would fill a disk
 
@@ -203,7 +204,8 @@ def _part(name: str, volume: Volume, tree: NeuronTree, box, processor: ViT3DImag
     """A box of a volume with the tree, in its voxels, painted into it; grey levels are the whole volume's."""
     voxels, statistics = np.asarray(volume.voxels[box]), processor.measure(volume.voxels)
     tree = tree.shifted([-part.start for part in box])
-    labels = training_labels(tree, voxels.shape, min_radius_vox=MIN_RADIUS_VOX, ignore_vox=0.0)
+    radii = {"min_radius_vox": MIN_RADIUS_VOX, "max_radius_vox": THICKEST_VOX}
+    labels = training_labels(tree, voxels.shape, **radii, ignore_vox=0.0)
     return TrainingVolume.prepare(name, voxels, labels, processor, statistics)
 
 
