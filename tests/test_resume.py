@@ -363,3 +363,9 @@ def test_what_a_checkpoint_cannot_be_made_to_is_refused(base, tmp_path, asked, s
     with pytest.raises(ValueError, match=sentence):
         train(replace(base, out=str(tmp_path / "run"), **asked))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_a_readable_config_is_not_said_to_be_none(base, tmp_path):
+    (tmp_path / "config.json").write_text("{half")
+    with pytest.raises(ValueError, match=r"holds no config\.json that says what model it is"):
+        train(replace(base, init=str(tmp_path), out=str(tmp_path / "run")))

@@ -318,6 +318,8 @@ def _config_of(init: str):
     try:
         return AutoConfig.from_pretrained(place_of(init))
     except OSError as error:
+        if Path(place_of(init)).is_dir():
+            raise ValueError(f"--init {init} holds no config.json that says what model it is.") from error
         raise ValueError(f"--init {init} is no folder and no model that the Hub gives out now.") from error
 
 
