@@ -3,9 +3,9 @@
     python scripts/evaluate_checkpoint.py --data ../shared/data/op --card model_cards/vit3d-tiny/README.md
 
 Every neuron goes through `reconstruct` as a user would run it. Golds are aligned with their image first; the
-raw F1 is given beside it. A simulated stack of several unconnected neurites is traced as a forest. Stacks of kinds that
-no training makes (`unlike_stacks.py`) tell how often it fails elsewhere, beside tracing them without a network. About
-four minutes on one CPU core.
+raw F1 is given beside it. A simulated stack of several unconnected neurites is traced as a forest; simulated cells tell
+how often the soma is found. Stacks of kinds that no training makes (`unlike_stacks.py`) tell how often it fails, beside
+tracing them without a network. About six minutes on one CPU core.
 
 `--candidates FOLDER ...` scores checkpoints that might ship instead, and writes nothing but the card's table of them:
 one line of `candidates.jsonl` beside it for each, called as its folder is (an earlier one of that name goes).
@@ -25,10 +25,10 @@ from vit3d.checkpoint import load_checkpoint
 from vit3d.plot import plot_reconstruction
 from vit3d.reconstruction import inverted, reconstruct
 from vit3d.scoring import score_trees
-from vit3d.simulate import random_neuron, simulate_neuron
+from vit3d.simulate import Microscope, Style, random_neuron, simulate_neuron
 from vit3d.tables import fill_card, markdown_table
 from vit3d.tracing import trace
-from vit3d.tree import read_swc
+from vit3d.tree import SOMA, read_swc
 from vit3d.volume import read_volume
 
 SPACING_UM = (1.0, 0.33, 0.33)  # of the OP neurons; the files do not carry it
@@ -70,6 +70,50 @@ def unlike_row(model, processor, kind: str, seed: int) -> dict:
     return row | {"trace alone": bare["f1"]}
 
 
+def cell(seed: int):
+    """A neuron with a soma of 3 to 8 um, or, every third, without, in slices of 0.5 or 1 um; and its tree in um."""
+    rng = np.random.default_rng([seed, 3])
+    soma_um = rng.uniform(3, 8) if seed % 3 else 0.0
+    stem_um = rng.uniform(0.4, min(1.6, soma_um / 3) if soma_um else 2.0)
+    style = Style(
+        soma_radius_um=soma_um, stem_radius_um=stem_um, thinnest_um=0.3,
+        num_stems=int(rng.integers(2, 6)) if soma_um else 1, cable_um=rng.uniform(300, 900),
+    )  # fmt: skip
+    microscope = Microscope(
+        photons=rng.uniform(15, 80), background=rng.uniform(0.02, 0.15), psf_um=(rng.uniform(0.8, 2), 0.35, 0.35)
+    )
+    spacing_um = (rng.choice([0.5, 1.0]), 0.33, 0.33)
+    drawn = {"seed": seed, "shape": (48, 224, 224), "spacing_um": spacing_um}
+    return simulate_neuron(**drawn, style=style, microscope=microscope)
+
+
+def cell_row(model, processor, seed: int) -> dict:
+    volume, truth = cell(seed)
+    tree = reconstruct(model, volume, processor=processor).tree
+    row = {"seed": seed, "soma": bool((truth.types == SOMA).any()), "found": bool((tree.types == SOMA).any())}
+    if row["soma"] and row["found"]:
+        place, true = (int(np.flatnonzero(each.types == SOMA)[0]) for each in (tree, truth))
+        row["off_um"] = float(np.linalg.norm(tree.points[place] - truth.points[true]))
+        row["radius"] = float(tree.radii[place] / truth.radii[true])
+    return row | {"f1": score_trees(tree, truth)["f1"]}
+
+
+def cell_table(rows: list[dict]) -> list[dict]:
+    """One row: how many somata are found and where, and how many where none is."""
+    with_soma = [row for row in rows if row["soma"]]
+    found = [row for row in with_soma if row["found"]]
+    return [
+        {
+            "cells": len(with_soma), "somata found": len(found),
+            "off, um (median)": float(np.median([row["off_um"] for row in found])),
+            "radius / true (median)": float(np.median([row["radius"] for row in found])),
+            "mean F1": float(np.mean([row["f1"] for row in with_soma])),
+            "neurons without": len(rows) - len(with_soma),
+            "somata found there": sum(row["found"] for row in rows if not row["soma"]),
+        }
+    ]  # fmt: skip
+
+
 def unlike_table(rows: list[dict]) -> list[dict]:
     """Per kind, and over those that training saw something alike and those it did not: F1, and how many failed."""
     groups = {kind: [row for row in rows if row["kind"] == kind] for kind in KINDS}
@@ -94,6 +138,7 @@ def scores(source: str, data: Path, selected_on: str) -> dict[str, list[dict]]:
         "real": [real_row(model, processor, pair, selected_on) for pair in find_pairs(data)],
         "simulated": [simulated_row(model, processor, seed) for seed in range(500, 512)],
         "unlike": [unlike_row(model, processor, kind, seed) for kind in KINDS for seed in SEEDS],
+        "cells": [cell_row(model, processor, seed) for seed in range(24)],
     }
 
 
@@ -103,7 +148,8 @@ def write(found: dict[str, list[dict]], card: Path, readme: Path, data: Path) ->
     means = {key: float(np.mean([row[key] for row in simulated if np.isfinite(row[key])])) for key in SHOWN}
     mean_row = {"seed": "mean", "spacing z, y, x (um)": "", "true trees": "", **means}
     tables = {"real": real, "simulated": [*simulated, mean_row], "unlike": unlike_table(found["unlike"])}
-    for section in ("real neurons", "simulated neurons", "unlike stacks"):
+    tables["cells"] = cell_table(found["cells"])
+    for section in ("real neurons", "simulated neurons", "unlike stacks", "cells"):
         fill_card(card, section, markdown_table(tables[section.split()[0]]))
     card.with_name("scores.json").write_text(json.dumps(tables, indent=1) + "\n")
     chosen = next(row for row in real if row["role"] == "selected on")
@@ -124,6 +170,7 @@ def candidate_row(name: str, found: dict[str, list[dict]]) -> dict:
     row = {"weights": name, **{sort: float(np.mean([r["f1"] for r in found[sort]])) for sort in ("real", "simulated")}}
     row |= {pair["neuron"]: pair["f1"] for pair in found["real"] if pair["role"] == "selected on"}
     row |= {kind: float(np.mean([r["f1"] for r in found["unlike"] if r["kind"] == kind])) for kind in KINDS}
+    row["cells"] = float(np.mean([r["f1"] for r in found["cells"]]))
     return row | {"failed": sum(r["f1"] < FAILED for r in found["unlike"] if r["kind"] != "plain")}
 
 

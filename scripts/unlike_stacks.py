@@ -4,7 +4,7 @@
 
 draws one picture of each kind, with the truth beside it, into the folder OUT. Nothing may train on these:
 `evaluate_checkpoint.py` takes them to tell how often a network fails elsewhere. Of the kinds in `ALIKE` the training's
-augmentation makes something alike, by other formulas; of the others nothing.
+augmentation or its simulated neurons have something alike, by other formulas; of the others nothing.
 """
 
 import sys
@@ -134,9 +134,9 @@ def seams(rng, light: np.ndarray, truth: NeuronTree) -> np.ndarray:
     return (light + 0.2) * factor
 
 
-UNLIKE = (membrane, puncta, blobs, brightfield, jitter, seams)
-KINDS = {k.__name__: k for k in (plain, stripes, crowd, ringing, speckle, *UNLIKE)}
-ALIKE = ("stripes", "crowd", "ringing", "speckle")
+UNLIKE = (puncta, blobs, jitter, seams)
+KINDS = {k.__name__: k for k in (plain, stripes, crowd, ringing, speckle, membrane, brightfield, *UNLIKE)}
+ALIKE = ("stripes", "crowd", "ringing", "speckle", "membrane", "brightfield")
 DARK = ("brightfield",)
 
 
