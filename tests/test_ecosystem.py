@@ -29,10 +29,11 @@ def checkpoint(tmp_path) -> str:
     return make_checkpoint(tmp_path / "checkpoint")
 
 
-def trained(model, crops, folder: Path, steps: int) -> Trainer:
+def trained(model, crops, folder: Path, steps: int, **options) -> Trainer:
+    sizes = dict(per_device_train_batch_size=2, per_device_eval_batch_size=2)
     arguments = TrainingArguments(
-        str(folder), max_steps=steps, per_device_train_batch_size=2, per_device_eval_batch_size=2, logging_steps=1,
-        learning_rate=1e-3, lr_scheduler_type="constant", report_to="none", use_cpu=True, disable_tqdm=True,
+        str(folder), max_steps=steps, logging_steps=1, learning_rate=1e-3, lr_scheduler_type="constant",
+        report_to="none", use_cpu=True, disable_tqdm=True, **(sizes | options),
     )  # fmt: skip
     few = torch.utils.data.Subset(crops, range(4))
     trainer = Trainer(model, arguments, train_dataset=few, eval_dataset=few)
@@ -63,6 +64,16 @@ def test_the_trainer_of_transformers_trains_and_saves_it(crops, checkpoint, tmp_
     with torch.no_grad():
         batch = {key: value[None] for key, value in crops[0].items()}
         assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
+
+
+def test_the_trainer_logs_the_mean_loss_of_the_batches_that_it_accumulates(checkpoint, crops, tmp_path):
+    model = ViT3DForNeuronSegmentation.from_pretrained(checkpoint)
+    with torch.no_grad():
+        alone = [model(**{key: value[None] for key, value in crops[number].items()}).loss.item() for number in range(4)]
+    trainer = trained(
+        model, crops, tmp_path / "out", steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=4
+    )
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(np.mean(alone), rel=1e-3)
 
 
 @pytest.mark.slow

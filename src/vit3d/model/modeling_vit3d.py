@@ -370,6 +370,8 @@ class ViT3DHead(nn.Module):
 class ViT3DForNeuronSegmentation(ViT3DPreTrainedModel):
     """Stack -> one logit per voxel that it belongs to a neurite (sigmoid gives the probability)."""
 
+    accepts_loss_kwargs = False  # the loss is a mean: transformers' Trainer then divides it by the accumulated batches
+
     def __init__(self, config: ViT3DConfig):
         super().__init__(config)
         self.vit3d = ViT3DModel(config)
