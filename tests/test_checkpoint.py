@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from runs import make_checkpoint
+from vit3d import ViT3DConfig, ViT3DImageProcessor
 from vit3d.checkpoint import load_checkpoint, preferred_dtype
 from vit3d.scoring import score_trees
 from vit3d.segmentation import segment
@@ -35,6 +37,31 @@ def test_a_torch_that_does_not_tell_computes_in_fp32(monkeypatch):
 def test_the_shipped_network_loads_in_the_preferred_dtype_unless_told_otherwise():
     assert load_checkpoint(device="cpu")[0].dtype is preferred_dtype("cpu")
     assert load_checkpoint(device="cpu", dtype=torch.float32)[0].dtype is torch.float32
+
+
+def test_the_processor_is_the_checkpoints_own_unless_told_otherwise(tmp_path):
+    place = make_checkpoint(tmp_path)
+    assert load_checkpoint(place, "cpu")[1].polarity == "auto"
+    own = ViT3DImageProcessor.from_config(ViT3DConfig.from_pretrained(place), polarity="dark")
+    own.image_mean = 0.3
+    own.save_pretrained(place)
+    found = load_checkpoint(place, "cpu")[1]
+    assert (found.polarity, found.image_mean) == ("dark", 0.3)
+    assert load_checkpoint(place, "cpu", "bright")[1].polarity == "bright"
+
+
+def test_a_polarity_that_there_is_not_is_refused(tmp_path):
+    sentence = "`polarity` must be 'auto', 'bright' or 'dark', got 'drak'"
+    with pytest.raises(ValueError, match=sentence):
+        load_checkpoint(polarity="drak")
+    with pytest.raises(ValueError, match=sentence):
+        ViT3DImageProcessor(polarity="drak")
+    place = make_checkpoint(tmp_path)
+    ViT3DImageProcessor().save_pretrained(place)
+    saved = tmp_path / "preprocessor_config.json"
+    saved.write_text(saved.read_text().replace('"auto"', '"drak"'))
+    with pytest.raises(ValueError, match=f"{place} is not a vit3d checkpoint .*{sentence}"):
+        load_checkpoint(place, "cpu")
 
 
 @pytest.mark.slow

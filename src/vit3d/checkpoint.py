@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig
+from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
 from .model.auto_vit3d import register
 from .model.configuration_vit3d import ViT3DConfig
 from .model.image_processing_vit3d import ViT3DImageProcessor
+from .model.intensity_vit3d import check_polarity
 from .model.modeling_vit3d import ViT3DForNeuronSegmentation
 
 DEFAULT_MODEL = "vit3d-tiny"  # shipped inside the package, so everything works offline
@@ -21,10 +23,12 @@ def load_checkpoint(
     """Network and processor from a shipped name (`vit3d-tiny`), a folder or a Hub id, ready to run.
 
     `device` "auto" takes a GPU where there is one, `dtype` is by default what the device computes fastest in.
-    Weights are read from safetensors alone: nothing is unpickled. ValueError: `source` is no whole vit3d
-    checkpoint, or the device is not there.
+    `polarity` "bright" or "dark" overrides the checkpoint's own processor; "auto" leaves it as it is, and where there
+    is none each stack tells. Weights are read from safetensors alone: nothing is unpickled. ValueError: `source` is no
+    whole vit3d checkpoint, there is no such polarity, or the device is not there.
     """
     place, device = place_of(source), _checked_device(device)
+    check_polarity(polarity)
     register()
     with _loading(source):
         config = AutoConfig.from_pretrained(place)
@@ -38,7 +42,10 @@ def load_checkpoint(
         )
     if report["missing_keys"]:
         raise ValueError(f"{source} lacks weights of the network: {', '.join(sorted(report['missing_keys'])[:3])}, ...")
-    return model.to(device), ViT3DImageProcessor.from_config(config, polarity=polarity)
+    with _loading(source):
+        processor = _processor_of(place, config)
+    processor.polarity = processor.polarity if polarity == "auto" else polarity
+    return model.to(device), processor
 
 
 def place_of(source: str) -> str:
@@ -52,6 +59,13 @@ def place_of(source: str) -> str:
     if not Path(source).is_dir() and (source.count("/") != 1 or source[0] in "./~"):
         raise ValueError(f"{source} is no folder and no shipped checkpoint; a model on the Hub is NAMESPACE/NAME.")
     return source
+
+
+def _processor_of(place: str, config: ViT3DConfig) -> ViT3DImageProcessor:
+    """The checkpoint's own, or where it has none the one that fits the config."""
+    if cached_file(place, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False) is None:
+        return ViT3DImageProcessor.from_config(config)
+    return ViT3DImageProcessor.from_pretrained(place)
 
 
 @contextmanager

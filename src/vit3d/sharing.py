@@ -97,8 +97,6 @@ def prepare(
     place = place_of(str(checkpoint))
     source = Path(place if Path(place).is_dir() else snapshot_download(place))
     ViT3DConfig.from_pretrained(source).save_pretrained(folder)  # the model's own says the precision it runs in
-    if (source / "preprocessor_config.json").is_file():
-        processor = ViT3DImageProcessor.from_pretrained(source)
     processor.save_pretrained(folder)
     for weights in source.glob("model*.safetensors*"):
         shutil.copy(weights, folder)  # as stored: loading may have changed the precision

@@ -4,7 +4,7 @@ import numpy as np
 from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .intensity_vit3d import IntensityStatistics, foreground, measure, normalize, occupied_patches
+from .intensity_vit3d import IntensityStatistics, check_polarity, foreground, measure, normalize, occupied_patches
 
 
 class ViT3DImageProcessor(BaseImageProcessor):
@@ -32,6 +32,7 @@ class ViT3DImageProcessor(BaseImageProcessor):
         **kwargs,
     ):
         super().__init__(**kwargs)
+        check_polarity(polarity)
         self.volume_size = tuple(volume_size)
         self.patch_size = tuple(patch_size)
         self.image_mean = image_mean

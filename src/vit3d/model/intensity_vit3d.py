@@ -83,8 +83,7 @@ def measure(voxels, polarity: str = "auto") -> IntensityStatistics:
     Many stacks have a cleaned background (median, MAD, even the 99th percentile are 0), so the bright level is
     taken from the voxels that leave the background, and never equals it.
     """
-    if polarity not in ("auto", "bright", "dark"):
-        raise ValueError(f"`polarity` must be 'auto', 'bright' or 'dark', got {polarity!r}.")
+    check_polarity(polarity)
     slabs = _sample(voxels)
     thin = 1 if slabs[0].size < _SAMPLE_VOXELS // 8 else 3  # blurred neighbours say the same: one in three will do
     blurred = [blur(slab) for slab in slabs]
@@ -113,6 +112,12 @@ def measure(voxels, polarity: str = "auto") -> IntensityStatistics:
     too_noisy = noise > floor and LEAST_FACTOR * noise > 2 * FAINT_SHARE * contrast
     sure = sure and not too_noisy
     return IntensityStatistics(background, noise, background + sign * contrast, polarity, sure, ceiling)
+
+
+def check_polarity(polarity: str) -> None:
+    """ValueError: there is no such polarity."""
+    if polarity not in ("auto", "bright", "dark"):
+        raise ValueError(f"`polarity` must be 'auto', 'bright' or 'dark', got {polarity!r}.")
 
 
 def normalize(
