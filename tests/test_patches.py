@@ -5,6 +5,7 @@ import pickle
 import re
 import time
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,18 @@ def test_a_crop_depends_on_seed_and_number_alone():
     assert all(equal(a, b) for a, b in zip(forwards, backwards, strict=True))
     assert not any(equal(forwards[0], other) for other in forwards[1:])
     assert not equal(forwards[0], crops(seed=1)[0])
+
+
+def test_crops_come_to_an_end_and_are_counted_from_it_too():
+    dataset = crops(length=3)
+    first, second, last = islice(dataset, 5)
+    assert equal(first, dataset[0])
+    assert equal(second, dataset[-2])
+    assert equal(last, dataset[-1])
+    for index in (3, -4):
+        for ask in (dataset.__getitem__, dataset.name_of):
+            with pytest.raises(IndexError, match=f"There are 3 crops, and none has the number {index}"):
+                ask(index)
 
 
 @pytest.mark.parametrize("config", [CONFIG, SLICES, SINGLE, WIDE])

@@ -122,11 +122,12 @@ class CropDataset(torch.utils.data.Dataset):
 
     def name_of(self, index: int) -> str:
         """The volume that crop `index` is cut from."""
-        rng = np.random.default_rng([self.seed, index])
+        rng = self._generator(index)
         return self.volumes[rng.choice(len(self.volumes), p=self.shares)].name
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        rng = np.random.default_rng([self.seed, index])
+        """Counted from the end where `index` is negative. IndexError: there are not so many, which ends a `for`."""
+        rng = self._generator(index)
         volume = self.volumes[rng.choice(len(self.volumes), p=self.shares)]
         window = tuple(self.config.volume_size)
         matrix, read = vary_geometry(window, rng, self.augmentation)
@@ -151,6 +152,12 @@ class CropDataset(torch.utils.data.Dataset):
             "labels": torch.from_numpy(labels.copy()),
             "token_mask": torch.from_numpy(keep),
         }
+
+    def _generator(self, index: int) -> np.random.Generator:
+        """All the chance that crop `index` depends on."""
+        if not -self.length <= index < self.length:
+            raise IndexError(f"There are {self.length} crops, and none has the number {index}.")
+        return np.random.default_rng([self.seed, index % self.length])
 
     def _choose_start(self, volume: TrainingVolume, rng: np.random.Generator) -> np.ndarray:
         wanted = volume.neurite if rng.random() < NEURITE_SHARE or not len(volume.candidates) else volume.candidates
