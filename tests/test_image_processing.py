@@ -61,6 +61,33 @@ def test_a_stack_is_padded_to_whole_patches_by_its_border_and_its_labels_are_ign
     assert (labels == -100).all()
 
 
+@pytest.mark.parametrize("dtype, neurite", [(bool, 1), (np.uint8, 1), (np.uint8, 255), (np.int8, 1), (np.float32, 255)])
+def test_a_mask_is_labels_however_it_is_stored(processor, dtype, neurite):
+    voxels = fibre(8, 32, 40)
+    labels = processor(voxels, segmentation_maps=((voxels > 0) * neurite).astype(dtype))["labels"]
+    assert labels.dtype == np.int64
+    assert_array_equal(labels[0], voxels > 0)
+
+
+def test_ignored_labels_stay_ignored(processor):
+    labels = np.where(fibre(8, 32, 40) > 0, -100, 0)
+    labels[4] = 1
+    assert_array_equal(processor(fibre(8, 32, 40), segmentation_maps=labels)["labels"][0], labels)
+
+
+@pytest.mark.parametrize("values", [(0, 2), (0, 1, 255), (0, 0.5), (0, np.nan), (0, 156)])
+def test_labels_of_other_values_are_refused(processor, values):
+    labels = np.resize(np.array(values), (8, 32, 40))
+    with pytest.raises(ValueError, match=r"A label map holds 1 .* got the values \[0"):
+        processor(fibre(8, 32, 40), segmentation_maps=labels)
+
+
+def test_labels_of_another_shape_than_the_stack_are_refused(processor):
+    for shape in ((8, 32, 32), (1, 32, 40), (2, 8, 32, 40)):
+        with pytest.raises(ValueError, match=r"a label map of its own shape: 1 of \(8, 32, 40\), got [12] of \("):
+            processor(fibre(8, 32, 40), segmentation_maps=np.zeros(shape, bool))
+
+
 def test_a_crop_is_prepared_with_the_statistics_of_its_volume(processor):
     voxels = fibre(8, 32, 40)
     voxels[1:3, 20:22] = 40  # a faint fibre, which alone would count as bright

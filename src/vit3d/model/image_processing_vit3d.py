@@ -75,9 +75,15 @@ class ViT3DImageProcessor(BaseImageProcessor):
         statistics: IntensityStatistics | None = None,
         return_tensors=None,
     ) -> BatchFeature:
-        """One stack or a list of equally large ones -> `pixel_values` (batch, 1, Z, Y, X), `token_mask`, `labels`."""
+        """One stack or a list of equally large ones -> `pixel_values` (batch, 1, Z, Y, X), `token_mask`, `labels`.
+
+        segmentation_maps: one for each stack and of its shape, 1 neurite, 0 background, -100 ignored; 255 counts as 1
+            where no 1 is, as masks are often stored.
+        ValueError: stacks of different shapes, or a map of another shape or with other values.
+        """
         stacks = _as_stacks(images)
-        pads = [[(0, -size % patch) for size, patch in zip(s.shape, self.patch_size, strict=True)] for s in stacks]
+        shapes = [stack.shape for stack in stacks]
+        pads = [[(0, -size % patch) for size, patch in zip(shape, self.patch_size, strict=True)] for shape in shapes]
         stacks = [np.pad(stack, pad, mode="edge") for stack, pad in zip(stacks, pads, strict=True)]
         measured = [statistics or self.measure(stack) for stack in stacks]
         pairs = list(zip(stacks, measured, strict=True))
@@ -86,8 +92,8 @@ class ViT3DImageProcessor(BaseImageProcessor):
             "token_mask": np.stack([self.token_mask(self.foreground(*pair)) for pair in pairs]),
         }
         if segmentation_maps is not None:
-            maps = zip(_as_stacks(segmentation_maps), pads, strict=True)
-            data["labels"] = np.stack([np.pad(m.astype(np.int64), pad, constant_values=-100) for m, pad in maps])
+            maps = zip(_as_labels(segmentation_maps, shapes), pads, strict=True)
+            data["labels"] = np.stack([np.pad(labels, pad, constant_values=-100) for labels, pad in maps])
         return BatchFeature(data=data, tensor_type=return_tensors)
 
     def post_process_semantic_segmentation(self, outputs, target_sizes=None, threshold: float = 0.5) -> list:
@@ -108,3 +114,21 @@ def _as_stacks(images) -> list[np.ndarray]:
     if len(shapes) != 1 or any(len(shape) != 3 for shape in shapes):
         raise ValueError(f"A batch needs stacks of one shape (depth, height, width), got {sorted(shapes)}.")
     return stacks
+
+
+def _as_labels(segmentation_maps, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
+    """Maps of the stacks' `shapes` -> int64 arrays of 0, 1 and -100."""
+    maps = _as_stacks(segmentation_maps)
+    if [labels.shape for labels in maps] != shapes:
+        raise ValueError(
+            f"Every stack needs a label map of its own shape: {len(shapes)} of {shapes[0]}, got {len(maps)} of "
+            f"{maps[0].shape}."
+        )
+    for labels in maps:
+        values = set(np.unique(labels).tolist())
+        if not (values <= {0, 1, -100} or values <= {0, 255, -100}):
+            raise ValueError(
+                f"A label map holds 1 (neurite, or 255 in its place), 0 (background) and -100 (ignored), got the "
+                f"values {sorted(values)[:5]}."
+            )
+    return [np.where(labels == 255, 1, labels).astype(np.int64) for labels in maps]
