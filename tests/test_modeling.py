@@ -444,6 +444,8 @@ def test_sizes_that_do_not_fit_are_refused():
         model(stack(1, 2, 8, 16, 24))
     with pytest.raises(ValueError, match=r"`token_mask` must be .* = \(1, 2, 2, 3\), got \(1, 2, 3, 2\)"):
         model(stack(1, 1, 8, 16, 24), torch.ones(1, 2, 3, 2).bool())
+    with pytest.raises(ValueError, match=r"`token_mask` must be bool, got torch.float32"):
+        model(stack(1, 1, 8, 16, 24), torch.ones(1, 2, 2, 3))
     with pytest.raises(ValueError, match="A centre slice is predicted from 8 slices, got 16"):
         tiny_model("center_slice")(stack(1, 1, 16, 16, 24))
 
@@ -509,6 +511,15 @@ def test_a_batch_without_labels_costs_nothing_and_breaks_nothing(prediction, sha
     loss.backward()
     assert loss.item() == 0
     assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def test_labels_that_do_not_fit_are_refused():
+    model, pixel_values = tiny_model(), window("volume", 2)
+    for shape in ((2, 1, 16, 24), (1, 8, 16, 24), (2, 1, 8, 16, 24), (8, 16, 24)):
+        with pytest.raises(ValueError, match=r"`labels` must be .* = \(2, 8, 16, 24\), got \("):
+            model(pixel_values, labels=torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"`labels` must be .* = \(1, 1, 16, 24\), got \(1, 8, 16, 24\)"):
+        tiny_model("center_slice")(window("center_slice"), labels=torch.zeros(1, 8, 16, 24))
 
 
 def test_one_batch_can_be_overfitted(prediction):

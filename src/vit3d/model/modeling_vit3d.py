@@ -452,8 +452,11 @@ def segmentation_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
     logits (batch, 1, depth, height, width), labels (batch, depth, height, width). A neurite voxel that is missed costs
     more than one that is made up: at a gap a tree loses all that lies behind it. The Tversky index (Salehi et al. 2017,
     arXiv 1706.05721; with a share of one half it is Dice) is taken over the whole batch: a crop without neurite has
-    none of its own.
+    none of its own. ValueError: the shapes are others; values are not looked at, which would hold up a GPU.
     """
+    expected = (logits.shape[0], *logits.shape[2:])
+    if tuple(labels.shape) != expected:
+        raise ValueError(f"`labels` must be (batch, depth, height, width) = {expected}, got {tuple(labels.shape)}.")
     logits = logits[:, 0].float()
     known = labels != IGNORE_LABEL
     logits, target = logits[known], labels[known].float()
@@ -482,6 +485,8 @@ def check_input(pixel_values: torch.Tensor, token_mask: torch.Tensor | None, con
     grid = tuple(size // patch for size, patch in zip(shape[2:], config.patch_size, strict=True))
     if token_mask is not None and tuple(token_mask.shape) != (shape[0], *grid):
         raise ValueError(f"`token_mask` must be (batch, *grid) = {(shape[0], *grid)}, got {tuple(token_mask.shape)}.")
+    if token_mask is not None and token_mask.dtype != torch.bool:
+        raise ValueError(f"`token_mask` must be bool, got {token_mask.dtype}.")
 
 
 def _vit_config(source: str):
