@@ -522,6 +522,12 @@ def test_labels_that_do_not_fit_are_refused():
         tiny_model("center_slice")(window("center_slice"), labels=torch.zeros(1, 8, 16, 24))
 
 
+def test_there_is_no_loss_of_two_labels():
+    labels = torch.zeros(1, *WINDOW["volume"])
+    with pytest.raises(ValueError, match="The loss is of one label, neurite, and the network has 2"):
+        tiny_model(num_labels=2)(window("volume"), labels=labels)
+
+
 def test_one_batch_can_be_overfitted(prediction):
     torch.manual_seed(0)
     model = ViT3DForNeuronSegmentation(tiny_config(prediction)).train()

@@ -393,7 +393,7 @@ class ViT3DForNeuronSegmentation(ViT3DPreTrainedModel):
             token_mask: bool (batch, grid_depth, grid_height, grid_width), False = leave this patch out and paint
                 it as background; `None` is dense. The image processor selects, this method never does.
             labels: (batch, depth, height, width), 1 neurite, 0 background, -100 ignored; depth 1 with
-                `prediction="center_slice"`.
+                `prediction="center_slice"`. The loss is of one label: not with another `num_labels`.
             max_tokens: with a `token_mask`, pad to so many patches in place of the longest row, which may not keep
                 more: what is computed then has a fixed shape, and `torch.compile(fullgraph=True)` takes it.
 
@@ -457,6 +457,8 @@ def segmentation_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
     expected = (logits.shape[0], *logits.shape[2:])
     if tuple(labels.shape) != expected:
         raise ValueError(f"`labels` must be (batch, depth, height, width) = {expected}, got {tuple(labels.shape)}.")
+    if logits.shape[1] != 1:
+        raise ValueError(f"The loss is of one label, neurite, and the network has {logits.shape[1]}.")
     logits = logits[:, 0].float()
     known = labels != IGNORE_LABEL
     logits, target = logits[known], labels[known].float()
