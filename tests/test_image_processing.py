@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 
-from vit3d import ViT3DConfig, ViT3DImageProcessor
+from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation, ViT3DImageProcessor
 
 
 @pytest.fixture
@@ -86,6 +86,21 @@ def test_labels_of_another_shape_than_the_stack_are_refused(processor):
     for shape in ((8, 32, 32), (1, 32, 40), (2, 8, 32, 40)):
         with pytest.raises(ValueError, match=r"a label map of its own shape: 1 of \(8, 32, 40\), got [12] of \("):
             processor(fibre(8, 32, 40), segmentation_maps=np.zeros(shape, bool))
+
+
+def test_the_labels_of_a_centre_slice_are_those_that_its_network_takes(tmp_path):
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, fused_layers=(1, 2))
+    window = dict(volume_size=(5, 32, 40), patch_size=(5, 8, 8), prediction="center_slice")
+    model = ViT3DForNeuronSegmentation(ViT3DConfig(**sizes, **window))
+    ViT3DImageProcessor.from_config(model.config).save_pretrained(tmp_path)
+    processor = ViT3DImageProcessor.from_pretrained(tmp_path)
+    labels = np.arange(5)[:, None, None] == np.full((5, 32, 40), 2)
+    batch = processor([fibre(5, 32, 40)] * 2, segmentation_maps=[labels] * 2, return_tensors="pt")
+    assert batch["labels"].shape == (2, 1, 32, 40)
+    assert batch["labels"].all()
+    assert model(**batch).loss.isfinite()
+    with pytest.raises(ValueError, match="A centre slice is predicted from 5 slices, got labels of 10"):
+        processor(fibre(7, 32, 40), segmentation_maps=np.zeros((7, 32, 40)))
 
 
 def test_a_crop_is_prepared_with_the_statistics_of_its_volume(processor):

@@ -18,6 +18,7 @@ class ViT3DImageProcessor(BaseImageProcessor):
         patch_size: extent of one token; stacks are padded to a multiple of it by repeating their border.
         image_mean, image_std: grey statistics the 2D source expects.
         polarity: `"auto"`, `"bright"` (fluorescence) or `"dark"` (brightfield) neurites.
+        prediction: the network's: with `"center_slice"` labels are the centre slice of a map as deep as the window.
     """
 
     model_input_names = ["pixel_values", "token_mask"]  # noqa: RUF012 (read by transformers as it is)
@@ -29,6 +30,7 @@ class ViT3DImageProcessor(BaseImageProcessor):
         image_mean: float = 0.449,
         image_std: float = 0.226,
         polarity: str = "auto",
+        prediction: str = "volume",
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -38,11 +40,12 @@ class ViT3DImageProcessor(BaseImageProcessor):
         self.image_mean = image_mean
         self.image_std = image_std
         self.polarity = polarity
+        self.prediction = prediction
 
     @classmethod
     def from_config(cls, config, **kwargs) -> "ViT3DImageProcessor":
         """The processor that fits a network's config."""
-        names = ("volume_size", "patch_size", "image_mean", "image_std")
+        names = ("volume_size", "patch_size", "image_mean", "image_std", "prediction")
         return cls(**{name: getattr(config, name) for name in names}, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -79,6 +82,7 @@ class ViT3DImageProcessor(BaseImageProcessor):
 
         segmentation_maps: one for each stack and of its shape, 1 neurite, 0 background, -100 ignored; 255 counts as 1
             where no 1 is, as masks are often stored.
+        `labels` are (batch, Z, Y, X); with `prediction="center_slice"` Z is 1, of maps as deep as the window.
         ValueError: stacks of different shapes, or a map of another shape or with other values.
         """
         stacks = _as_stacks(images)
@@ -93,8 +97,17 @@ class ViT3DImageProcessor(BaseImageProcessor):
         }
         if segmentation_maps is not None:
             maps = zip(_as_labels(segmentation_maps, shapes), pads, strict=True)
-            data["labels"] = np.stack([np.pad(labels, pad, constant_values=-100) for labels, pad in maps])
+            data["labels"] = self._predicted(np.stack([np.pad(m, pad, constant_values=-100) for m, pad in maps]))
         return BatchFeature(data=data, tensor_type=return_tensors)
+
+    def _predicted(self, labels: np.ndarray) -> np.ndarray:
+        """(batch, depth, height, width): of the labels those that the network predicts."""
+        if self.prediction != "center_slice":
+            return labels
+        depth = self.patch_size[0]
+        if labels.shape[1] != depth:
+            raise ValueError(f"A centre slice is predicted from {depth} slices, got labels of {labels.shape[1]}.")
+        return labels[:, depth // 2][:, None]
 
     def post_process_semantic_segmentation(self, outputs, target_sizes=None, threshold: float = 0.5) -> list:
         """Logits -> one bool mask (depth, height, width) per stack, cut back to `target_sizes` where given."""
