@@ -1,6 +1,8 @@
 """A 3D encoder made from a 2D ViT computes what the 2D ViT computes."""
 
 import json
+import os
+import shutil
 
 import pytest
 import torch
@@ -207,6 +209,45 @@ def test_a_source_that_is_no_checkpoint_is_refused(tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
         with pytest.raises(ValueError, match="is neither a folder with a 2D ViT nor a model that the Hub"):
             from_2d(str(folder))
+
+
+@pytest.mark.parametrize(
+    "fields, sentence",
+    [
+        ({"hidden_size": 64}, "has weights of other sizes than its config says: .*'embeddings.cls_token'"),
+        ({"patch_size": 8}, "has weights of other sizes than its config says: .*'embeddings.patch_embeddings"),
+        ({"hidden_act": "foo"}, "`hidden_act` 'foo' is no activation"),
+        ({"hidden_size": "x"}, "'hidden_size' expected int"),
+        ({"num_attention_heads": 0}, "must divide by `num_attention_heads` 0"),
+        ({"patch_size": 0}, "cannot be read as a 2D ViT"),
+    ],
+)
+def test_a_source_whose_config_is_broken_is_refused(tiny_vit, tmp_path, fields, sentence):
+    shutil.copytree(tiny_vit, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text(json.dumps(json.loads((tiny_vit / "config.json").read_text()) | fields))
+    assert_refused(tmp_path, sentence)
+
+
+@pytest.mark.parametrize("size", [0, 1000])
+def test_a_source_whose_weights_are_cut_off_is_refused(tiny_vit, tmp_path, size):
+    shutil.copytree(tiny_vit, tmp_path, dirs_exist_ok=True)
+    os.truncate(tmp_path / "model.safetensors", size)
+    assert_refused(tmp_path, r"cannot be read as a 2D ViT \(SafetensorError")
+
+
+def test_one_grey_level_for_all_colours_is_taken_as_it_is_and_a_word_is_not(tiny_vit, tmp_path):
+    shutil.copytree(tiny_vit, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": 0.5, "image_std": [0.2, 0.3, 0.4]}))
+    config = inflated(str(tmp_path)).config
+    assert (config.image_mean, config.image_std) == pytest.approx((0.5, 0.3))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": "grey"}))
+    assert_refused(tmp_path, r"cannot be read as a 2D ViT \(TypeError")
+
+
+def assert_refused(source, sentence: str) -> None:
+    with pytest.raises(ValueError, match=f"`source` '{source}' .*{sentence}") as error:
+        inflated(str(source))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("patch_size", [(4, 6, 8), (4, 8, 12), (4, 32, 32)])

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 FROM_THE_HUB = __name__.startswith("transformers_modules.")  # run with `trust_remote_code`, not from the package
 
@@ -109,10 +110,12 @@ class ViT3DConfig(PreTrainedConfig):
             )
 
     def validate_layers(self):
-        if self.hidden_size % self.num_attention_heads:
+        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`hidden_size` {self.hidden_size} must divide by `num_attention_heads` {self.num_attention_heads}."
             )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` {self.hidden_act!r} is no activation that transformers knows.")
         if not self.fused_layers or not all(1 <= depth <= self.num_hidden_layers for depth in self.fused_layers):
             raise ValueError(
                 f"`fused_layers` {self.fused_layers} must lie between 1 and {self.num_hidden_layers}, the last layer."

@@ -428,6 +428,8 @@ class ViT3DForNeuronSegmentation(ViT3DPreTrainedModel):
                 the 2D network sees an enlarged image.
             channel_reduction: `"sum"` answers grey as the source answers its RGB copy; `"mean"` a third of that.
             config_overrides: any field of `ViT3DConfig`.
+
+        ValueError: `source` is no whole 2D ViT, or an argument does not fit it.
         """
         if strategy not in STRATEGIES:
             raise ValueError(f"`strategy` must be one of {STRATEGIES}, got {strategy!r}.")
@@ -436,12 +438,7 @@ class ViT3DForNeuronSegmentation(ViT3DPreTrainedModel):
         model = cls(config)
         if strategy == "random":
             return model
-        encoder, report = ViTModel.from_pretrained(
-            source, add_pooling_layer=False, dtype=torch.float32, output_loading_info=True
-        )
-        if report["missing_keys"]:
-            raise ValueError(f"`source` {source!r} lacks weights of a ViT: {sorted(report['missing_keys'])}.")
-        state = inflate_state(encoder.state_dict(), model.vit3d.state_dict(), strategy, channel_reduction)
+        state = inflate_state(_vit_state(source), model.vit3d.state_dict(), strategy, channel_reduction)
         model.vit3d.load_state_dict(state)
         return model
 
@@ -499,6 +496,8 @@ def _vit_config(source: str):
         raise ValueError(
             f"`source` {source!r} is neither a folder with a 2D ViT nor a model that the Hub gives out now."
         ) from error
+    except Exception as error:
+        raise _broken(source, error) from error
     if config.model_type != "vit":
         raise ValueError(
             f"`source` {source!r} is a {config.model_type!r} model, not a 'vit' (such as facebook/dino-vitb16 or "
@@ -507,8 +506,36 @@ def _vit_config(source: str):
     return config
 
 
+def _vit_state(source: str) -> dict[str, torch.Tensor]:
+    """The 2D source's weights, fp32; all that its config asks for, and of the sizes that it says."""
+    try:
+        encoder, report = ViTModel.from_pretrained(
+            source,
+            add_pooling_layer=False,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise _broken(source, error) from error
+    if misfits := sorted(key[0] for key in report["mismatched_keys"]):
+        raise ValueError(f"`source` {source!r} has weights of other sizes than its config says: {misfits[:3]}.")
+    if report["missing_keys"]:
+        raise ValueError(f"`source` {source!r} lacks weights of a ViT: {sorted(report['missing_keys'])}.")
+    return encoder.state_dict()
+
+
 def _inflated_config(source: str, vit, patch_size, overrides: dict) -> ViT3DConfig:
     """The 3D config that fits a 2D source: its architecture, its input statistics, its position table."""
+    try:
+        fields = _inherited_fields(source, vit)
+        ViT3DConfig(**fields)  # what is wrong without the caller's own fields is wrong with the source
+    except Exception as error:
+        raise _broken(source, error) from error
+    return ViT3DConfig(**{**fields, "patch_size": tuple(patch_size), **overrides})
+
+
+def _inherited_fields(source: str, vit) -> dict:
     shared = (
         "hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act hidden_dropout_prob "
         "attention_probs_dropout_prob initializer_range layer_norm_eps qkv_bias"
@@ -522,9 +549,15 @@ def _inflated_config(source: str, vit, patch_size, overrides: dict) -> ViT3DConf
     except OSError:
         processor = {}  # a bare checkpoint: the config's defaults are ImageNet's, which DINO and DeiT use
     for name in ("image_mean", "image_std"):
-        if processor.get(name):
-            fields[name] = sum(processor[name]) / len(processor[name])
-    return ViT3DConfig(**{**fields, "patch_size": tuple(patch_size), **overrides})
+        if values := processor.get(name):
+            values = values if isinstance(values, list) else [values]
+            fields[name] = sum(values) / len(values)
+    return fields
+
+
+def _broken(source: str, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split()).rstrip(".")
+    return ValueError(f"`source` {source!r} cannot be read as a 2D ViT ({type(error).__name__}: {reason}).")
 
 
 def _pair(size) -> tuple[int, int]:
