@@ -455,6 +455,9 @@ def test_sizes_that_do_not_fit_are_refused():
     [
         (dict(volume_size=(8, 16, 20)), r"the nearest that fits is \(8, 16, 16\)"),
         (dict(patch_size=(8, 8)), "need three numbers"),
+        (dict(patch_size=(4, 0, 8)), r"`patch_size` \(4, 0, 8\) must be at least 1"),
+        (dict(patch_size=(4, -8, 8)), "must be at least 1"),
+        (dict(hidden_act="foo"), "`hidden_act` 'foo' is no activation"),
         (dict(prediction="slice"), "must be 'volume' or 'center_slice', got 'slice'"),
         (dict(prediction="center_slice"), "a patch is as deep as the window"),
         (dict(num_attention_heads=5), "`hidden_size` 192 must .* `num_attention_heads` 5"),

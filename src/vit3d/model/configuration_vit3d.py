@@ -93,6 +93,8 @@ class ViT3DConfig(PreTrainedConfig):
             raise ValueError(
                 f"`volume_size` {self.volume_size} and `patch_size` {self.patch_size} need three numbers, (Z, Y, X)."
             )
+        if min(self.patch_size) < 1:
+            raise ValueError(f"`patch_size` {self.patch_size} must be at least 1 on every axis (Z, Y, X).")
         if any(size < 1 or size % patch for size, patch in zip(self.volume_size, self.patch_size, strict=True)):
             nearest = tuple(max(1, round(s / p)) * p for s, p in zip(self.volume_size, self.patch_size, strict=True))
             raise ValueError(
