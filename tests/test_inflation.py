@@ -279,7 +279,16 @@ def test_tensors_that_do_not_fit_are_named():
         inflate_state({}, target, "center")
 
 
+@pytest.mark.parametrize("strategy", ["center", "random"])
+def test_the_weights_have_the_dtype_that_was_asked_for(tiny_vit, strategy):
+    model = inflated(str(tiny_vit), strategy=strategy, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {model.config.dtype} == {torch.bfloat16}
+    assert inflated(str(tiny_vit), strategy=strategy).dtype == torch.float32
+
+
 def test_unknown_words_are_refused(tiny_vit):
+    with pytest.raises(ValueError, match="`ViT3DConfig` has no field volum_size"):
+        from_2d(str(tiny_vit), volum_size=(8, 48, 48))
     with pytest.raises(ValueError, match=r"`strategy` must be one of .*, got 'middle'"):
         from_2d(str(tiny_vit), strategy="middle")
     with pytest.raises(ValueError, match=r"`channel_reduction` must be one of .*, got 'max'"):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ BACKGROUND_LOGIT = -10.0  # painted where a patch was left out
 HALO = 2  # voxels that the head's two 3x3x3 convolutions look beyond a patch
 IGNORE_LABEL = -100
 MISSED_SHARE, MISSED_WEIGHT = 0.8, 6.0  # of the loss: what is missed, against what is made up
+_OVERRIDES = {"num_labels", "attn_implementation", *(field.name for field in fields(ViT3DConfig))}
 
 
 def to_patches(volume: torch.Tensor, patch_size: tuple[int, int, int]) -> torch.Tensor:
@@ -427,20 +428,21 @@ class ViT3DForNeuronSegmentation(ViT3DPreTrainedModel):
             patch_size: (pz, py, px); py and px must divide the source's patch. Smaller patches see the stack as
                 the 2D network sees an enlarged image.
             channel_reduction: `"sum"` answers grey as the source answers its RGB copy; `"mean"` a third of that.
-            config_overrides: any field of `ViT3DConfig`.
+            config_overrides: any field of `ViT3DConfig`; `dtype` is that of the weights, fp32 by default.
 
         ValueError: `source` is no whole 2D ViT, or an argument does not fit it.
         """
         if strategy not in STRATEGIES:
             raise ValueError(f"`strategy` must be one of {STRATEGIES}, got {strategy!r}.")
+        if unknown := sorted(set(config_overrides) - _OVERRIDES):
+            raise ValueError(f"`ViT3DConfig` has no field {', '.join(unknown)}.")
         source_config = _vit_config(source)
         config = _inflated_config(source, source_config, patch_size, config_overrides)
         model = cls(config)
-        if strategy == "random":
-            return model
-        state = inflate_state(_vit_state(source), model.vit3d.state_dict(), strategy, channel_reduction)
-        model.vit3d.load_state_dict(state)
-        return model
+        if strategy != "random":
+            state = inflate_state(_vit_state(source), model.vit3d.state_dict(), strategy, channel_reduction)
+            model.vit3d.load_state_dict(state)
+        return model if config.dtype is None else model.to(config.dtype)
 
 
 def segmentation_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -528,11 +530,11 @@ def _vit_state(source: str) -> dict[str, torch.Tensor]:
 def _inflated_config(source: str, vit, patch_size, overrides: dict) -> ViT3DConfig:
     """The 3D config that fits a 2D source: its architecture, its input statistics, its position table."""
     try:
-        fields = _inherited_fields(source, vit)
-        ViT3DConfig(**fields)  # what is wrong without the caller's own fields is wrong with the source
+        inherited = _inherited_fields(source, vit)
+        ViT3DConfig(**inherited)  # what is wrong without the caller's own fields is wrong with the source
     except Exception as error:
         raise _broken(source, error) from error
-    return ViT3DConfig(**{**fields, "patch_size": tuple(patch_size), **overrides})
+    return ViT3DConfig(**{**inherited, "patch_size": tuple(patch_size), **overrides})
 
 
 def _inherited_fields(source: str, vit) -> dict:
@@ -540,10 +542,12 @@ def _inherited_fields(source: str, vit) -> dict:
         "hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act hidden_dropout_prob "
         "attention_probs_dropout_prob initializer_range layer_norm_eps qkv_bias"
     )
-    fields = {name: getattr(vit, name) for name in shared.split()}
-    fields["position_grid"] = tuple(n // p for n, p in zip(_pair(vit.image_size), _pair(vit.patch_size), strict=True))
+    inherited = {name: getattr(vit, name) for name in shared.split()}
+    inherited["position_grid"] = tuple(
+        n // p for n, p in zip(_pair(vit.image_size), _pair(vit.patch_size), strict=True)
+    )
     layers = vit.num_hidden_layers
-    fields["fused_layers"] = tuple(sorted({max(1, round(layers * k / 4)) for k in (1, 2, 3, 4)}))
+    inherited["fused_layers"] = tuple(sorted({max(1, round(layers * k / 4)) for k in (1, 2, 3, 4)}))
     try:
         processor, _ = ImageProcessingMixin.get_image_processor_dict(source)
     except OSError:
@@ -551,8 +555,8 @@ def _inherited_fields(source: str, vit) -> dict:
     for name in ("image_mean", "image_std"):
         if values := processor.get(name):
             values = values if isinstance(values, list) else [values]
-            fields[name] = sum(values) / len(values)
-    return fields
+            inherited[name] = sum(values) / len(values)
+    return inherited
 
 
 def _broken(source: str, error: Exception) -> ValueError:
