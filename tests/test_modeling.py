@@ -319,6 +319,15 @@ def test_a_head_of_another_size_is_made_anew_and_the_rest_is_kept(tmp_path):
     assert loaded(window("volume")).logits.shape[1] == 2
 
 
+def test_a_checkpoint_takes_another_height_and_width_of_its_window_and_no_other_depth(tmp_path):
+    saved = tiny_model()
+    saved.save_pretrained(tmp_path)
+    loaded = ViT3DForNeuronSegmentation.from_pretrained(tmp_path, volume_size=(8, 32, 40))
+    assert all(torch.equal(tensor, saved.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        ViT3DForNeuronSegmentation.from_pretrained(tmp_path, volume_size=(16, 16, 24))
+
+
 @torch.no_grad()
 def test_shards_and_a_device_map_give_the_same_network(prediction, tmp_path):
     saved, pixel_values = tiny_model(prediction), window(prediction)

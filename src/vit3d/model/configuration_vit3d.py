@@ -16,7 +16,8 @@ class ViT3DConfig(PreTrainedConfig):
     All sizes are in voxels and in (depth, height, width) order.
 
     Args:
-        volume_size: the window the network is trained on and `segment` uses; any multiple of the patch works.
+        volume_size: the window the network is trained on and `segment` uses, in whole patches. A checkpoint can be
+            loaded with another height and width, not with another depth: its depth embedding has a row per patch.
         patch_size: extent of one token. With `prediction="center_slice"` its depth is the window's depth.
         num_channels: channels of the stack.
         prediction: `"volume"`, the whole block at once, or `"center_slice"`, the paper's mode: a 2D grid of
