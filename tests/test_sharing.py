@@ -174,6 +174,18 @@ def test_the_card_says_what_is_on_file_and_nothing_else(tiny, tmp_path):
     assert json.loads((tmp_path / "shared/training.json").read_text())["data"] == "our neurons"
 
 
+def test_the_curve_of_a_training_is_shown_as_what_it_is(tiny, tmp_path):
+    (tiny.parent / "curve.png").write_bytes(b"not looked at")
+    assert "curve.png" in prepare(tiny, REPO, tmp_path / "shared")
+    text, _ = card_in(tmp_path / "shared")
+    assert re.findall(r"!\[(.*)\]\((.*)\)", text) == [
+        ("A stack and what is found in it", "picture.png"),
+        ("The training, step by step", "curve.png"),
+    ]
+    (tiny.parent / "picture.png").unlink()
+    assert Record.read(tiny).picture is None  # so that `prepare` draws one
+
+
 def test_a_checkpoint_of_which_nothing_is_known_has_a_card_that_says_so(tmp_path):
     tiny_model().save_pretrained(tmp_path / "bare")
     (tmp_path / "bare/picture.png").write_bytes(b"")

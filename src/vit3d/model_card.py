@@ -14,6 +14,7 @@ from .tables import markdown_table
 
 METRICS = ("precision", "recall", "f1", "esa", "dsa", "pds")
 _TASK = "image-segmentation"
+_CURVE = "curve.png"  # drawn by `train`: no picture of a stack
 _SECTION = re.compile(r"<!-- ([^/\s].*?) -->\n(.*?)\n<!-- /\1 -->", re.DOTALL)
 _RUN_TABLE = "this run"
 _RUN = ("strategy", "prediction", "max_steps", "batch_size", "encoder_rate", "head_rate", "weight_decay", "seed")
@@ -120,7 +121,8 @@ class Record:
 
     @property
     def picture(self) -> str | None:
-        return next((name for name in self.files if name.endswith(".png")), None)
+        """Of a stack and what is found in it, by name: the first that is not the curve of the training."""
+        return next((name for name in self.files if name.endswith(".png") and name != _CURVE), None)
 
     @property
     def base_model(self) -> str:
@@ -262,7 +264,8 @@ def _trained_on(record: Record, source: str) -> str:
         f"Started from `{source}`. Real data: {data}; kept out of training, to choose the checkpoint: {kept}. "
         f"Simulated neurons mixed in: {training.get('simulated', 0)}. `metrics.jsonl` holds every logged step."
     )
-    return f"{words}\n\n{_marked(_RUN_TABLE, record.run_table())}"
+    curve = f"\n\n![The training, step by step]({_CURVE})" if _CURVE in record.files else ""
+    return f"{words}\n\n{_marked(_RUN_TABLE, record.run_table())}{curve}"
 
 
 def _licences(record: Record, licence: str | None, source: str) -> str:
