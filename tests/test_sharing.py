@@ -370,6 +370,15 @@ def test_a_data_set_is_shared_as_checksums_and_nothing_of_it_is_sent(pairs, hub,
     assert "same to the last byte" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("flag", ["--card", "--base-model"])
+def test_a_flag_of_a_checkpoint_is_refused_for_a_data_set(pairs, hub, capsys, flag):
+    with pytest.raises(SystemExit) as stopped:
+        main(["share", str(pairs), "lab/neurons", "--dataset", "--licence", "mit", flag, str(pairs)])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"vit3d: {flag} is for a checkpoint, and --dataset shares none.\n"
+    assert not hub.requests
+
+
 @pytest.mark.parametrize("licence", [None, "unknown", "all rights reserved", "cc-by-nd-4.0"])
 def test_a_data_set_whose_licence_does_not_let_others_have_it_is_not_shared(pairs, hub, licence):
     with pytest.raises(ValueError, match="a licence that lets others have it"):

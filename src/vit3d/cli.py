@@ -601,6 +601,8 @@ def share(
 
     options = {"private": private, "dry_run": dry_run, "licence": licence}
     if dataset:
+        if ignored := [flag for flag, value in (("--card", card), ("--base-model", base_model)) if value is not None]:
+            raise ValueError(f"{', '.join(ignored)} is for a checkpoint, and --dataset shares none.")
         lines = share_dataset(checkpoint, repo_id, **options)
     else:
         lines = run(checkpoint, repo_id, **options, card=card, base_model=base_model)
