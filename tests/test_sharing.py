@@ -174,6 +174,13 @@ def test_the_card_says_what_is_on_file_and_nothing_else(tiny, tmp_path):
     assert json.loads((tmp_path / "shared/training.json").read_text())["data"] == "our neurons"
 
 
+def test_a_licence_that_the_hub_does_not_know_is_refused(tiny, hub, tmp_path):
+    with pytest.raises(ValueError, match=r"--licence takes what the Hub knows, mit, .* got foo"):
+        share(tiny, REPO, dry_run=True, licence="foo")
+    prepare(tiny, REPO, tmp_path / "shared", licence="MIT")
+    assert card_in(tmp_path / "shared")[1]["license"] == "mit"
+
+
 def test_the_curve_of_a_training_is_shown_as_what_it_is(tiny, tmp_path):
     (tiny.parent / "curve.png").write_bytes(b"not looked at")
     assert "curve.png" in prepare(tiny, REPO, tmp_path / "shared")

@@ -27,6 +27,16 @@ OPEN_LICENCES = (
     *("cc-by-nc-4.0", "cc-by-nc-sa-4.0", "pddl", "odc-by", "odbl", "cdla-permissive-1.0", "cdla-permissive-2.0"),
     *("mit", "apache-2.0", "bsd-3-clause"),
 )
+LICENCES = (  # as the Hub calls them, less those of other people's networks
+    *OPEN_LICENCES,
+    *("openrail", "openrail++", "openmdw-1.0", "bigscience-openrail-m", "creativeml-openrail-m", "bigcode-openrail-m"),
+    *("cc", "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nd-4.0", "cc-by-nc-nd-3.0"),
+    *("cc-by-nc-nd-4.0", "cdla-sharing-1.0", "c-uda", "etalab-2.0", "fair-noncommercial-research-license"),
+    *("bsd", "bsd-2-clause", "bsd-3-clause-clear", "bsl-1.0", "isc", "ncsa", "postgresql", "unlicense", "zlib"),
+    *("agpl-3.0", "gfdl", "gpl", "gpl-2.0", "gpl-3.0", "lgpl", "lgpl-2.1", "lgpl-3.0", "lgpl-lr", "mpl-2.0", "wtfpl"),
+    *("afl-3.0", "artistic-2.0", "ecl-2.0", "epl-1.0", "epl-2.0", "eupl-1.1", "eupl-1.2", "lppl-1.3c", "ms-pl"),
+    *("ofl-1.1", "osl-3.0", "unknown", "other"),
+)
 
 _DATASET_CARD = """
 # {name}
@@ -93,6 +103,9 @@ def prepare(
     """Lay out the repository in `folder`; returns the names of its files."""
     if card is not None and not Path(card).is_dir():
         raise ValueError(f"--card takes a folder with scores.json, README.md or a picture, and {card} is none.")
+    licence = licence and licence.lower()
+    if licence and licence not in LICENCES:
+        raise ValueError(f"--licence takes what the Hub knows, mit, apache-2.0, cc-by-4.0, ..., other, got {licence}.")
     model, processor = load_checkpoint(str(checkpoint), device="cpu", dtype=torch.float32)
     place = place_of(str(checkpoint))
     source = Path(place if Path(place).is_dir() else snapshot_download(place))
