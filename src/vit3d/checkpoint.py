@@ -63,7 +63,8 @@ def place_of(source: str) -> str:
 
 def _processor_of(place: str, config: ViT3DConfig) -> ViT3DImageProcessor:
     """The checkpoint's own, or where it has none the one that fits the config."""
-    if cached_file(place, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False) is None:
+    lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    if cached_file(place, IMAGE_PROCESSOR_NAME, **lenient) is None:
         return ViT3DImageProcessor.from_config(config)
     return ViT3DImageProcessor.from_pretrained(place)
 
