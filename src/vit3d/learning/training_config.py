@@ -79,9 +79,13 @@ class TrainingConfig:
         for name in ("encoder_rate", "head_rate", "weight_decay", "cldice_weight"):
             if not (isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"`{name}` must be a number from 0 on, got {getattr(self, name)}.")
-        for name, above in (("ema_decay", 0.0), ("simulated_share", 0.0), ("layer_decay", 1e-9)):
-            if not above <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
+        for name, fits, bounds in (
+            ("ema_decay", 0 <= self.ema_decay < 1, "from 0 to below 1"),  # 1 would keep the weights it began with
+            ("simulated_share", 0 <= self.simulated_share <= 1, "from 0 to 1"),
+            ("layer_decay", 0 < self.layer_decay <= 1, "above 0, up to 1"),
+        ):
+            if not fits:
+                raise ValueError(f"`{name}` must be a number {bounds}, got {getattr(self, name)}.")
         for name, known in (("mixed_precision", PRECISIONS), ("device", DEVICES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` takes {', '.join(known)}, got {getattr(self, name)!r}.")
