@@ -169,7 +169,7 @@ class Foreground:
         """
         gap = np.diff(self.linear) - 1
         before = np.flatnonzero((gap > 0) & (gap <= min(_CAVITY_VOXELS, self.shape[2] - 2)))
-        before = before[self._lie_in_gaps(self.linear[before] + (gap[before] + 1) // 2)]
+        before = before[self._closed(before, self.linear[before] + (gap[before] + 1) // 2)]
         if not len(before):
             return self
         sizes = gap[before]
@@ -177,20 +177,25 @@ class Foreground:
         cavity = self.linear[before][run] + 1 + np.arange(len(run)) - (np.cumsum(sizes) - sizes)[run]
         enclosed = _enclosed(cavity, self.linear, self.shape)
         cavity, ends = cavity[enclosed], before[run[enclosed]]
-        linear = np.concatenate([self.linear, cavity])
-        order = np.argsort(linear, kind="stable")
         around = (self.probability[ends] + self.probability[ends + 1]) / 2
-        return replace(self, linear=linear[order], probability=np.concatenate([self.probability, around])[order])
+        filled = np.insert(self.linear, ends + 1, cavity), np.insert(self.probability, ends + 1, around)
+        return replace(self, linear=filled[0], probability=filled[1])
 
-    def _lie_in_gaps(self, linear: np.ndarray) -> np.ndarray:
-        """Whether the four neighbours of these voxels in other rows are neuron, or lie in gaps as narrow as theirs."""
-        lie = linear % self.shape[2] > 0
-        for neighbour, inside in _beside(linear, self.shape, (0, 1)):
+    def _closed(self, before: np.ndarray, middle: np.ndarray) -> np.ndarray:
+        """Which gaps may be enclosed: beside their `middle`, in all four rows, is neuron or a gap of which the same is
+        true. Few are left to be looked at as a whole. `before`: row of the voxel before each gap."""
+        neuron, open_ = len(self), len(self) + 1
+        beside = []
+        for neighbour, inside in _beside(middle, self.shape, (0, 1)):
             row = np.minimum(np.searchsorted(self.linear, neighbour), len(self) - 1)
-            left, right = self.linear[np.maximum(row - 1, 0)], self.linear[row]
-            same = (left // self.shape[2] == right // self.shape[2]) & (left < neighbour) & (neighbour < right)
-            lie &= inside & ((right == neighbour) | same & (right - left <= _CAVITY_VOXELS + 1))
-        return lie
+            beside.append(np.where(inside, np.where(self.linear[row] == neighbour, neuron, row - 1), open_))
+        closed = np.zeros(len(self) + 2, bool)
+        closed[neuron] = closed[before] = True
+        while True:
+            stay = closed[before] & np.all([closed[gap] for gap in beside], axis=0)
+            if (stay == closed[before]).all():
+                return stay
+            closed[before] = stay
 
     def components(self) -> np.ndarray:
         """(N,) int32 number of the 26-connected component of each voxel, counted from 0."""
