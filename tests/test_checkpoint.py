@@ -50,6 +50,21 @@ def test_the_processor_is_the_checkpoints_own_unless_told_otherwise(tmp_path):
     assert load_checkpoint(place, "cpu", "bright")[1].polarity == "bright"
 
 
+def test_sizes_and_prediction_are_the_networks_whatever_the_processors_file_says(tmp_path):
+    slices = {"prediction": "center_slice", "patch_size": (5, 8, 8), "volume_size": (5, 32, 32)}
+    place = make_checkpoint(tmp_path, **slices)
+    ViT3DImageProcessor().save_pretrained(place)
+    found = load_checkpoint(place, "cpu")[1]
+    assert {name: getattr(found, name) for name in slices} == slices
+
+
+def test_a_processor_of_another_network_is_refused(tmp_path):
+    place = make_checkpoint(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
+    with pytest.raises(ValueError, match="has no number as `image_mean`"):
+        load_checkpoint(place, "cpu")
+
+
 def test_a_polarity_that_there_is_not_is_refused(tmp_path):
     sentence = "`polarity` must be 'auto', 'bright' or 'dark', got 'drak'"
     with pytest.raises(ValueError, match=sentence):

@@ -233,7 +233,7 @@ def test_a_split_file_is_json_or_csv(gold166, tmp_path):
     as_csv.write_text(f"name,split\n{CELL},train\n{FLY},held_out\n")
     expected = {CELL: "train", FLY: "held_out"}
     assert read_split_file(as_json, rows) == read_split_file(as_csv, rows) == expected
-    as_csv.write_text(f"name, split\n{CELL} , Train \n{FLY},held_out\n")  # as spreadsheets and people write it
+    as_csv.write_text(f"name, split\n{CELL} , Train \n{FLY},held_out\n,\n")  # as spreadsheets and people write it
     assert read_split_file(as_csv, rows) == expected
     as_csv.write_bytes("name,split\nn\u00fcrnberg,train\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"split\.csv is no text in UTF-8"):

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from runs import equal, launch, losses, make_checkpoint, make_pairs, metrics, weights
+from vit3d.checkpoint import load_checkpoint
 from vit3d.cli import main
 from vit3d.learning.run_folder import Log, RunFolder
 from vit3d.training import TrainingConfig, train
@@ -330,7 +331,7 @@ def test_nor_is_the_data_where_the_run_never_began(base, pair, tmp_path):
 
 def test_two_cannot_train_in_one_folder(config):
     holder = RunFolder(config.out)
-    holder.begin(holder.begun_with())
+    holder.begin(holder.begun_with(), holder.seen)
     before = {path: path.read_bytes() for path in Path(config.out).rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="Another process is training in"):
         train(config, resume=True)
@@ -339,7 +340,51 @@ def test_two_cannot_train_in_one_folder(config):
     train(config, resume=True)
 
 
+def test_a_run_that_began_in_the_folder_meanwhile_is_not_mixed_with(base, tmp_path):
+    other = RunFolder(tmp_path)
+    seen = other.seen
+    train(replace(base, out=str(tmp_path), max_steps=1))
+    before = (tmp_path / "training.json").read_bytes()
+    with pytest.raises(ValueError, match=r"Another process trained in .* meanwhile"):
+        other.begin({"seed": 7}, seen)
+    other.release()
+    assert (tmp_path / "training.json").read_bytes() == before
+
+
+def test_a_kill_before_the_run_began_leaves_a_folder_that_can_be_used(base, tmp_path):
+    (tmp_path / "run" / "state").mkdir(parents=True)
+    train(replace(base, out=str(tmp_path / "run"), max_steps=1))
+
+
+def test_workers_that_outlive_a_trainer_do_not_hold_its_folder(config):
+    holder = RunFolder(config.out)
+    holder.begin(holder.begun_with(), holder.seen)
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    worker.start()
+    holder.release()
+    try:
+        other = RunFolder(config.out)
+        other.begin(other.begun_with(), other.seen)
+        other.release()
+    finally:
+        worker.kill()
+        worker.join()
+
+
 # --- what a checkpoint keeps of its own ---
+
+
+def test_going_on_from_a_checkpoint_keeps_its_processor(base, forgetful, tmp_path):
+    init = shutil.copytree(forgetful, tmp_path / "init")
+    processor = load_checkpoint(str(init))[1]
+    processor.image_mean = 0.3
+    processor.save_pretrained(init)
+    out = tmp_path / "run"
+    train(replace(base, init=str(init), out=str(out), max_steps=1))
+    assert load_checkpoint(str(out / "last"))[1].image_mean == 0.3
+    stop_at(replace(base, init=str(init), out=str(tmp_path / "stopped")), 4)
+    train(replace(base, init=str(init), out=str(tmp_path / "stopped")), resume=True)
+    assert load_checkpoint(str(tmp_path / "stopped" / "last"))[1].image_mean == 0.3
 
 
 def test_going_on_from_a_checkpoint_records_what_it_does(config, whole, tmp_path):

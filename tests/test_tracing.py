@@ -377,6 +377,17 @@ def test_a_soma_is_measured_as_it_is_beside_neurites_that_blur_stretched(bumps):
     assert tree.cable_length == pytest.approx(3 * (20 - radius), rel=0.1)
 
 
+def test_neurites_beside_a_long_soma_are_no_stubs_of_it():
+    centre, half = np.array([20.0, 40.0, 60.0]), np.array([10.0, 10.0, 24.0])
+    grid = np.moveaxis(np.indices((40, 80, 120)), 0, -1)
+    soma = (((grid - centre) / half) ** 2).sum(-1) <= 1
+    ends = [polyline([centre, (20, 40, x)], 1.5) for x in (5, 115)]
+    sides = [polyline([(20, 40, x), (20, y, x)], 1.5) for y, x in ((56, 52), (24, 60), (56, 68))]
+    tree = trace(Volume(paint(together(*ends, *sides), soma.shape) | soma))
+    assert (tree.types == SOMA).sum() == 1
+    assert (tree.degree == 1).sum() == 5
+
+
 def test_a_neurite_that_tapers_has_no_soma():
     points = np.linspace((12, 20, 6), (12, 20, 100), 95)
     gold = NeuronTree(points, np.linspace(4, 1.2, 95), np.arange(95) - 1, unit="voxel")

@@ -505,6 +505,9 @@ def test_a_split_can_validate_and_only_the_split_train_is_then_trained_on(config
     rows, chosen = chosen_neurons(replace(config, data=str(many), validate=("n3",)))
     assert (names(rows), chosen.validate) == (all_of_them, ("n3",))  # no split is asked for: all others train
     held_out = {name for name in all_of_them if split_of(name) == "test"}
+    assert chosen_neurons(replace(config, data=str(many), validate=("Test",)))[1].validate == tuple(
+        name for name in chosen_neurons(replace(config, data=str(many), validate=("test",)))[1].validate
+    )
     rows, chosen = chosen_neurons(replace(config, data=str(many), validate=("test",)))
     assert (names(rows), set(chosen.validate)) == (all_of_them, held_out - {"n0"})
     file = tmp_path / "split.csv"

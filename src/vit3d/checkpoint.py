@@ -43,7 +43,7 @@ def load_checkpoint(
     if report["missing_keys"]:
         raise ValueError(f"{source} lacks weights of the network: {', '.join(sorted(report['missing_keys'])[:3])}, ...")
     with _loading(source):
-        processor = _processor_of(place, config)
+        processor = processor_of(place, config)
     processor.polarity = processor.polarity if polarity == "auto" else polarity
     return model.to(device), processor
 
@@ -61,12 +61,19 @@ def place_of(source: str) -> str:
     return source
 
 
-def _processor_of(place: str, config: ViT3DConfig) -> ViT3DImageProcessor:
-    """The checkpoint's own, or where it has none the one that fits the config."""
+def processor_of(place: str, config: ViT3DConfig) -> ViT3DImageProcessor:
+    """The checkpoint's own, with the network's sizes; where it has none, the one that fits the config."""
+    own = ViT3DImageProcessor.from_config(config)
     lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     if cached_file(place, IMAGE_PROCESSOR_NAME, **lenient) is None:
-        return ViT3DImageProcessor.from_config(config)
-    return ViT3DImageProcessor.from_pretrained(place)
+        return own
+    found = ViT3DImageProcessor.from_pretrained(place)
+    for name in ("image_mean", "image_std"):
+        if not isinstance(getattr(found, name), int | float):
+            raise ValueError(f"{IMAGE_PROCESSOR_NAME} has no number as `{name}`, but {getattr(found, name)}.")
+    for name in ("volume_size", "patch_size", "prediction"):
+        setattr(found, name, getattr(own, name))
+    return found
 
 
 @contextmanager

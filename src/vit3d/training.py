@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from .checkpoint import load_checkpoint, place_of
+from .checkpoint import load_checkpoint, place_of, processor_of
 from .learning.cldice import soft_cldice_loss
 from .learning.launching import num_workers, start_accelerator
 from .learning.optimization import freeze, optimizer_and_schedule, parameter_groups
@@ -60,26 +60,30 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
     config = as_begun(config, folder.begun_with() if resume else None)
     facts = {**asdict(config), "num_processes": accelerator.num_processes, "neurons": neuron_facts(rows)}
     folder.refuse_unless_free(facts, resume)
+    seen = folder.seen
     if folder.step == config.max_steps:  # it is finished
         return folder.best if config.validate else folder.last
     set_seed(config.seed)
     state = folder.newest_state
-    model = initial_model(config) if state is None else ViT3DForNeuronSegmentation(ViT3DConfig.from_pretrained(state))
+    if state is None:
+        model, processor = initial_model(config)
+    else:
+        model = ViT3DForNeuronSegmentation(ViT3DConfig.from_pretrained(state))
+        processor = processor_of(str(state), model.config)
     tell_spacing(model.config, rows, config)
     freeze(model, config.frozen)
-    processor = ViT3DImageProcessor.from_config(model.config)
     from .learning.validation import Validator  # it is composed of the other verbs
 
     with folder.left_as_it_was():
         with accelerator.local_main_process_first():  # the others find the volumes made
-            volumes, weights = training_volumes(config, rows, model.config, folder.volumes)
+            volumes, weights = training_volumes(config, rows, model.config, folder.volumes, processor)
         validator = Validator(config, rows, accelerator)
     length = config.max_steps * config.accumulation * config.batch_size * accelerator.num_processes
     crops = CropDataset(volumes, weights, processor, length, config.seed, model.config)
     accelerator.wait_for_everyone()  # every process has looked whether the folder is free
     try:
         if accelerator.is_main_process:
-            folder.begin(facts)
+            folder.begin(facts, seen)
         accelerator.wait_for_everyone()
         return TrainingRun(config, accelerator, folder, model, crops, validator).go()
     finally:
@@ -239,6 +243,7 @@ class TrainingRun:
 
     def _save_the_rest(self, state: Path) -> None:
         self.accelerator.unwrap_model(self.model).config.save_pretrained(state)
+        self.processor.save_pretrained(state)
         average = None if self.average is None else self.average.state_dict()
         torch.save({"score": self.score, "schedule": self.schedule.state_dict(), "average": average}, state / "run.pt")
 
@@ -323,14 +328,15 @@ def _config_of(init: str):
         raise ValueError(f"--init {init} is no folder and no model that the Hub gives out now.") from error
 
 
-def initial_model(config: TrainingConfig) -> ViT3DForNeuronSegmentation:
-    """Go on from a vit3d checkpoint (a shipped name too), or inflate a 2D ViT."""
+def initial_model(config: TrainingConfig) -> tuple[ViT3DForNeuronSegmentation, ViT3DImageProcessor]:
+    """Go on from a vit3d checkpoint (a shipped name too) and its processor, or inflate a 2D ViT."""
     if _config_of(config.init).model_type == "vit3d":
-        return load_checkpoint(config.init, "cpu", dtype=torch.float32)[0]
+        return load_checkpoint(config.init, "cpu", dtype=torch.float32)
     sizes = {"patch_size": (5, 8, 8), "volume_size": (5, 112, 112)} if config.prediction == "center_slice" else {}
-    return ViT3DForNeuronSegmentation.from_2d_pretrained(
+    model = ViT3DForNeuronSegmentation.from_2d_pretrained(
         config.init, config.strategy or "center", prediction=config.prediction or "volume", **sizes
     )
+    return model, ViT3DImageProcessor.from_config(model.config)
 
 
 def main() -> None:

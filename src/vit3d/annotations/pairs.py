@@ -127,6 +127,11 @@ def split_of(neuron: str) -> str:
     return "test" if share < TEST_SHARE else "train"
 
 
+def split_name(text: str) -> str:
+    """ "train" and "test" however they are capitalised; other splits as they are called."""
+    return text.lower() if text.lower() in ("train", "test") else text
+
+
 def splits_of(rows: list[dict], split_file: str | Path | None = None) -> dict[str, str]:
     """A row's name -> its split: the file's, by name or by neuron, else `split_of`."""
     chosen = read_split_file(split_file, rows) if split_file else {}
@@ -148,7 +153,7 @@ def read_split_file(path: str | Path, rows: list[dict]) -> dict[str, str]:
         pairs = _json_splits(path)
     else:
         pairs = [(line["name"], line["split"]) for line in _csv_lines(path, {"name", "split"})]
-    pairs = [(name, split.lower() if split.lower() in ("train", "test") else split) for name, split in pairs]
+    pairs = [(name, split_name(split)) for name, split in pairs]
     nowhere = sorted(name for name, split in pairs if not split)
     if nowhere:
         raise ValueError(f"{path} puts {', '.join(nowhere)} into no split.")
@@ -385,4 +390,6 @@ def _csv_lines(path: Path, *wanted: set[str]) -> Iterator[dict[str, str]]:
         for number, line in enumerate(reader, start=2):
             if None in line.values():
                 raise ValueError(f"{path}, line {number} has fewer columns than the first line.")
+            if not any(line.values()):  # as spreadsheets leave them
+                continue
             yield {column: cell.strip() if isinstance(cell, str) else cell for column, cell in line.items()}

@@ -12,7 +12,7 @@ from vit3d.tree import SOMA, NeuronTree, follow
 
 _FACTORS = (3.0, 1.8)  # a soma is this much thicker than the median and the 90th percentile of the neurites
 _MIN_VOXELS = 4.0
-_STUB_REACH = 1.3  # radii of the soma; what ends nearer is an uneven surface
+_STUB_REACH = 0.3  # radii of the soma beyond its surface; what ends nearer is an uneven surface
 _HUB_REACH, _HUB_ARMS = 1.5, 5  # forks so many radii apart are one place where so many neurites leave it
 
 
@@ -44,7 +44,8 @@ def with_soma(tree: NeuronTree, foreground: Foreground) -> NeuronTree:
     body = body[(np.abs(body - tree.points[thickest]) <= 4 * radius).all(1)]
     body = body[core.query(body, distance_upper_bound=radius / 2)[0] <= radius / 2]
     equivalent = (3 * len(body) * foreground.step.prod() / (4 * math.pi)) ** (1 / 3)
-    return _without_stubs(_collapse(tree, inside, thickest, body.mean(0), equivalent, core, radius / 2))
+    whole = _collapse(tree, inside, thickest, body.mean(0), equivalent, core, radius / 2)
+    return _without_stubs(whole, core, (0.5 + _STUB_REACH) * radius)
 
 
 def with_hub(tree: NeuronTree) -> NeuronTree:
@@ -96,10 +97,11 @@ def _ways_in(tree: NeuronTree, inside: np.ndarray) -> np.ndarray:
     return ways
 
 
-def _without_stubs(tree: NeuronTree) -> NeuronTree:
-    """Without what ends within `_STUB_REACH` radii of the soma and never went further."""
+def _without_stubs(tree: NeuronTree, core: cKDTree, reach: float) -> NeuronTree:
+    """Without what leaves the soma and ends within `reach` of its core."""
     soma, rows = int(np.flatnonzero(tree.types == SOMA)[0]), np.arange(len(tree))
-    near = np.linalg.norm(tree.points - tree.points[soma], axis=1) <= _STUB_REACH * tree.radii[soma]
+    near = core.query(tree.points, distance_upper_bound=reach)[0] <= reach
+    near[soma] = True
     near = follow(np.where(near & (tree.parents >= 0), tree.parents, rows)) == soma
     keep = ~near
     keep[soma] = True

@@ -41,7 +41,7 @@ class RunFolder:
         a run would replace."""
         if not self.facts.exists():
             files = (self.states, self.last, self.best, self.metrics, self.curve)
-            theirs = ", ".join(path.name for path in files if path.exists())
+            theirs = ", ".join(path.name for path in files if path.exists() and not _is_empty(path))
             if theirs:
                 raise ValueError(f"{self.path} holds {theirs}, but no run to which that belongs; choose another --out.")
             return
@@ -74,11 +74,18 @@ class RunFolder:
                 shutil.rmtree(self.path if is_new else self.volumes, ignore_errors=True)
             raise
 
-    def begin(self, facts: dict) -> None:
+    @property
+    def seen(self) -> tuple[dict | None, int]:
+        """What `begin` must find unchanged."""
+        return self.begun_with(), self.step
+
+    def begin(self, facts: dict, seen: tuple[dict | None, int]) -> None:
         """Claim the folder for as long as this process lives, and forget whatever was logged or half-saved after the
-        newest state. ValueError: another process has it."""
+        newest state. ValueError: another process has it, or had it since the folder was `seen` to be free."""
         self.states.mkdir(parents=True, exist_ok=True)
         self._claim()
+        if self.seen != seen:
+            raise ValueError(f"Another process trained in {self.path} meanwhile.")
         for leftover in self.states.glob("*.partial"):
             shutil.rmtree(leftover)
         _write_text(self.facts, json.dumps(facts, indent=2))
@@ -90,6 +97,7 @@ class RunFolder:
             import fcntl
 
             self.claim = os.open(self.states, os.O_RDONLY)
+            os.register_at_fork(after_in_child=self.release)  # or workers that outlive a killed trainer hold it
             fcntl.flock(self.claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"Another process is training in {self.path}.") from None
@@ -189,6 +197,11 @@ def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
             old.rename(folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_empty(path: Path) -> bool:
+    """A folder that a kill left before anything was in it."""
+    return path.is_dir() and not any(path.iterdir())
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ..annotations import annotation
 from ..annotations.gold import align_gold, check_bounds, lies_on_image, likely_cause, untraced_structure
-from ..annotations.pairs import find_pairs, splits_of
+from ..annotations.pairs import find_pairs, split_name, splits_of
 from ..model.configuration_vit3d import ViT3DConfig
 from ..model.image_processing_vit3d import ViT3DImageProcessor
 from ..model.intensity_vit3d import measure
@@ -25,6 +25,9 @@ from .training_config import TrainingConfig
 MIN_RADIUS_VOX = 1.5  # thinner than that a neurite has no inside for a network that paints patches
 THICKEST_VOX = 8.0  # radius to which a simulated neurite is labelled: its radii are true, unlike many golds'
 _SIMULATED_SEEDS = 10_000  # neurons of one training seed; nobody trains on the seeds below the first of them
+_SIMULATION = (
+    2  # counts the ways in which neurons were simulated, cut and labelled: what a store holds of another is old
+)
 _LARGEST_SIMULATED = (128, 384, 384)  # voxels (z, y, x) kept of a simulated neuron: on finer ones all would fill a disk
 
 
@@ -36,6 +39,7 @@ def chosen_neurons(config: TrainingConfig) -> tuple[list[dict], TrainingConfig]:
     """
     rows = find_pairs(config.data, gold=config.gold, spacing_table=config.spacing_table) if config.data else []
     splits = splits_of(rows, config.split_file)
+    config = replace(config, validate=tuple(name if name in splits else split_name(name) for name in config.validate))
     named = set(config.validate) - splits.keys()
     known = {"train", "test", *splits.values()}
     if named - known:
@@ -82,7 +86,11 @@ def tell_spacing(network: ViT3DConfig, rows: list[dict], config: TrainingConfig)
 
 
 def training_volumes(
-    config: TrainingConfig, rows: list[dict], network: ViT3DConfig, store: Path
+    config: TrainingConfig,
+    rows: list[dict],
+    network: ViT3DConfig,
+    store: Path,
+    processor: ViT3DImageProcessor | None = None,
 ) -> tuple[list[TrainingVolume], list[float]]:
     """Real and simulated volumes, memory-mapped from `store`, and the weight with which each is drawn.
 
@@ -92,7 +100,7 @@ def training_volumes(
     left to train on.
     """
     volumes, left_out = [], []
-    processor = ViT3DImageProcessor.from_config(network)
+    processor = processor or ViT3DImageProcessor.from_config(network)
     for row in tqdm([row for row in rows if row["name"] not in config.validate], desc="read golds", disable=None):
         try:
             volumes.append(prepared(store, _key(row, config), lambda row=row: _made_ready(row, config, processor)))
@@ -105,7 +113,7 @@ def training_volumes(
     weights = [(1 - share) / max(1, len(volumes))] * len(volumes)
     for index in tqdm(range(config.simulated), desc="simulate", disable=None):
         seed = _SIMULATED_SEEDS * (config.seed + 1) + index
-        key = f"simulated {seed}, seen at {network.training_spacing_um}"
+        key = f"simulated {seed} ({_SIMULATION}), seen at {network.training_spacing_um}"
         volumes.append(prepared(store, key, lambda seed=seed: _simulated(seed, network, processor)))
         weights.append(share / config.simulated)
     if not volumes:
