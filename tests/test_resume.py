@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import shutil
 import subprocess
 import time
@@ -356,12 +357,16 @@ def test_a_kill_before_the_run_began_leaves_a_folder_that_can_be_used(base, tmp_
     train(replace(base, out=str(tmp_path / "run"), max_steps=1))
 
 
-def test_workers_that_outlive_a_trainer_do_not_hold_its_folder(config):
+def test_workers_that_outlive_a_killed_trainer_do_not_hold_its_folder(config):
     holder = RunFolder(config.out)
     holder.begin(holder.begun_with(), holder.seen)
-    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    fork = multiprocessing.get_context("fork")
+    lives = fork.Event()
+    worker = fork.Process(target=lambda: (lives.set(), time.sleep(60)))
     worker.start()
-    holder.release()
+    assert lives.wait(30)
+    os.close(holder.claim)  # as a kill does
+    holder.claim = None
     try:
         other = RunFolder(config.out)
         other.begin(other.begun_with(), other.seen)

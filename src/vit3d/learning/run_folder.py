@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -97,7 +97,7 @@ class RunFolder:
             import fcntl
 
             self.claim = os.open(self.states, os.O_RDONLY)
-            os.register_at_fork(after_in_child=self.release)  # or workers that outlive a killed trainer hold it
+            os.register_at_fork(after_in_child=self._close)  # or workers that outlive a killed trainer hold it
             fcntl.flock(self.claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"Another process is training in {self.path}.") from None
@@ -105,6 +105,15 @@ class RunFolder:
             pass  # Windows, or a file system that knows no locks
 
     def release(self) -> None:
+        """Let others train in the folder, also while workers that were just started live."""
+        if self.claim is not None:
+            with suppress(ImportError, OSError):
+                import fcntl
+
+                fcntl.flock(self.claim, fcntl.LOCK_UN)
+        self._close()
+
+    def _close(self) -> None:
         if self.claim is not None:
             os.close(self.claim)
             self.claim = None
