@@ -329,12 +329,12 @@ def _config_of(init: str):
 
 
 def initial_model(config: TrainingConfig) -> tuple[ViT3DForNeuronSegmentation, ViT3DImageProcessor]:
-    """Go on from a vit3d checkpoint (a shipped name too) and its processor, or inflate a 2D ViT."""
+    """Go on from a vit3d checkpoint (a shipped name too) and its processor, or inflate a 2D ViT; see `as_begun`."""
     if _config_of(config.init).model_type == "vit3d":
         return load_checkpoint(config.init, "cpu", dtype=torch.float32)
     sizes = {"patch_size": (5, 8, 8), "volume_size": (5, 112, 112)} if config.prediction == "center_slice" else {}
     model = ViT3DForNeuronSegmentation.from_2d_pretrained(
-        config.init, config.strategy or "center", prediction=config.prediction or "volume", **sizes
+        config.init, config.strategy, prediction=config.prediction, **sizes
     )
     return model, ViT3DImageProcessor.from_config(model.config)
 
