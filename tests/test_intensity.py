@@ -189,6 +189,22 @@ def test_uneven_light_does_not_hide_which_side_the_neurites_are_on(polarity):
     assert measure(voxels.clip(0, 255).astype(np.uint8)).polarity == polarity
 
 
+@pytest.mark.parametrize("polarity", ["bright", "dark"])
+def test_neurites_that_fill_much_of_a_stack_still_tell_their_side(polarity):
+    """They are most of its spread, so that no tail leaves what passes for noise."""
+    light = np.random.default_rng(0).normal(size=(24, 96, 96))
+    light = ndimage.gaussian_filter(light, (1.5, 3, 3))
+    light = np.exp(0.25 * light / light.std())
+    light = 255 * light / light.max()
+    voxels = np.rint(light if polarity == "bright" else 255 - light).astype(np.uint8)
+    assert measure(voxels).polarity == polarity
+
+
+def test_noise_alone_has_no_dark_neurites():
+    voxels = np.random.default_rng(0).normal(120, 12, (24, 96, 96)).astype(np.uint8)
+    assert measure(voxels).polarity == "bright"
+
+
 def test_a_named_polarity_is_taken_at_its_word():
     voxels = neurite()
     assert measure(voxels, "dark").polarity == "dark"

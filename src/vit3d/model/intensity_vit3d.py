@@ -23,6 +23,7 @@ _PROBES, _PROBE = 128, (12, 96, 96)  # where a few slices alone would be too man
 _TILE = (16, 64, 128)  # blurred at once: in the cache
 CELL = (4, 16, 16)  # voxels over which the ground is averaged; whole cells make a tile
 _FEWEST_LEVELS = 20  # a stack of fewer grey levels has finer noise than one
+_UNEVEN_TAILS = 1.3  # a tail so many times the other one is no noise
 _MIN_CONTRAST = 3.0  # upper bound at least this many noises above the background
 
 
@@ -247,11 +248,14 @@ def _median(values: np.ndarray) -> float:
 
 
 def _polarity(deviation: np.ndarray, noise: float) -> tuple[str, bool]:
-    """The side with the stronger tail. Unsure when both tails leave the noise and neither clearly wins."""
+    """The side with the stronger tail. Unsure when both tails leave the noise and neither clearly wins.
+
+    Where neurites fill much of the stack they pass for its noise; a tail that noise alone does not have tells them.
+    """
     low, high = np.percentile(deviation, [0.1, 99.9])
     bright, dark = high, -low
     if max(bright, dark) < NOISE_FACTOR * noise:
-        return "bright", bool(bright >= dark)
+        return ("dark", False) if dark > _UNEVEN_TAILS * bright else ("bright", bool(bright >= dark))
     if dark > bright:
         return "dark", bool(dark > 2 * bright)
     return "bright", bool(bright > 1.5 * dark)
