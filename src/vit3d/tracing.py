@@ -204,6 +204,8 @@ def _nearest(tree: NeuronTree, root: np.ndarray) -> int:
 
 def _left_out(tree: NeuronTree, kept: np.ndarray) -> list[Review]:
     """One entry per tree that could not be joined and was dropped, longest first."""
+    if len(kept) == len(tree):
+        return []
     part, gone = tree.root_of, np.setdiff1d(np.arange(len(tree)), kept)
     cable = np.bincount(part[tree.edges], tree.edge_lengths, len(tree))
     reviews = []

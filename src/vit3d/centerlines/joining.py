@@ -59,10 +59,12 @@ def _find(group: np.ndarray, row: int) -> int:
 
 def _candidates(forest, fragment, volume, probability, step, max_gap) -> list[Join]:
     """Every plausible join, cheapest first: for each tip the best node of each other fragment."""
-    tips, heading = _tips(forest, _AIM_STEPS * step.min())
-    extent = _extents(forest, fragment)
-    if max_gap <= 0 or not len(tips) or (fragment == fragment[0]).all():
+    if max_gap <= 0 or (fragment == fragment[0]).all():
         return []
+    tips, heading = _tips(forest, _AIM_STEPS * step.min())
+    if not len(tips):
+        return []
+    extent = _extents(forest, fragment)
     outward = np.zeros_like(forest.points)
     outward[tips] = heading
     behind = _behind_tips(forest, tips, _AIM_STEPS * step.min())
