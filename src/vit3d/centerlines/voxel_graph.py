@@ -13,6 +13,7 @@ OFFSETS = np.array([(z, y, x) for z in (-1, 0, 1) for y in (-1, 0, 1) for x in (
 FORWARD = np.array((21, 15, 13))  # columns of the next voxel along z, y, x
 _compiled = njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True)
 _inlined = njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True)
+_row = np.uint64  # numba asks of every signed index whether it counts from the end
 
 
 def link_voxels(linear: np.ndarray, index: np.ndarray, shape: tuple) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -157,7 +158,7 @@ def _parabolas(place, neighbours, forward, last, step, previous, squared):
 def _squared_distance(index, i, j, step):
     total = 0.0
     for axis in range(3):
-        total += ((index[i, axis] - index[j, axis]) * step[axis]) ** 2
+        total += ((index[_row(i), axis] - index[_row(j), axis]) * step[axis]) ** 2
     return total
 
 
@@ -166,31 +167,42 @@ def _within(index, i, j, step, radius, extra):
     """Whether voxel i lies within the ball around j, widened by `extra` voxels along each axis."""
     total = 0.0
     for axis in range(3):
-        total += ((index[i, axis] - index[j, axis]) * step[axis] / (radius + extra * step[axis])) ** 2
+        total += ((index[_row(i), axis] - index[_row(j), axis]) * step[axis] / (radius + extra * step[axis])) ** 2
     return total <= 1
 
 
 @_compiled
 def _hand_on(holder, place, reach, neighbours, index, step, looks):
-    """Every voxel goes over to the best holder that it or its neighbours have, in a sweep there and one back; each
-    looks at all 26 neighbours, or at the 13 that it has passed.
+    """Every voxel goes over to the best holder that it or its neighbours have, in a sweep there and one back.
+
+    On the way there it looks at the 13 neighbours that were passed, or at all 26; on the way back at the 13 that were
+    passed then, for the others have not changed.
 
     The best is the one of largest squared `reach` among those that reach the voxel from their `place`, then the
     nearest.
     """
     count = np.int32(holder.shape[0])
     for n in range(2 * count):
-        i, first = (np.int32(n), 0) if n < count else (np.int32(2 * count - 1 - n), 26 - looks)
-        mine = holder[i]
-        away = _squared_distance(index, i, place[mine], step)
-        for k in range(first, first + looks):
-            j = neighbours[i, k]
-            other = holder[j]
-            if j >= 0 and other >= 0 and other != mine and (mine < 0 or reach[other] >= reach[mine]):
-                there = _squared_distance(index, i, place[other], step)
-                if there <= reach[other] and (mine < 0 or reach[other] > reach[mine] or there < away):
-                    mine, away = other, there
-        holder[i] = mine
+        i, first, last = np.int32(n), 0, looks
+        if n >= count:
+            i, first, last = np.int32(2 * count - 1 - n), 13, 26
+        mine, most, away = holder[i], np.float32(-1), 0.0
+        if mine >= 0:
+            most, away = reach[_row(mine)], _squared_distance(index, i, place[_row(mine)], step)
+        for k in range(first, last):
+            j = neighbours[_row(i), _row(k)]
+            if j < 0:
+                continue
+            other = holder[_row(j)]
+            if other < 0 or other == mine:
+                continue
+            far = reach[_row(other)]
+            if far < most:
+                continue
+            there = _squared_distance(index, i, place[_row(other)], step)
+            if there <= far and (far > most or there < away):
+                mine, most, away = other, far, there
+        holder[_row(i)] = mine
 
 
 @_inlined
