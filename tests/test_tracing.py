@@ -9,6 +9,7 @@ from scipy.spatial import cKDTree
 
 from vit3d.centerlines import foreground as foreground_module
 from vit3d.centerlines.foreground import find_foreground, find_level, smoothed
+from vit3d.centerlines.junctions import _depth_at
 from vit3d.formats.lazy_voxels import LazyVoxels
 from vit3d.targets import paint
 from vit3d.tracing import trace, trace_with_review
@@ -519,6 +520,20 @@ def test_depth_is_the_exact_distance_to_background():
     exact = distance_transform_edt(mask, spacing_um)
     rows = np.rint(foreground.points / spacing_um).astype(int)
     np.testing.assert_allclose(foreground.depth, exact[tuple(rows.T)], rtol=1e-5)
+
+
+def test_depth_between_voxels_is_interpolated_and_0_out_of_the_foreground():
+    mask = ndimage.gaussian_filter(np.random.default_rng(0).random((12, 16, 20)), 1.5) > 0.5
+    found = find_foreground(Volume(mask.astype(np.uint8)), find_level(mask))
+    dense = np.zeros(found.shape, np.float32)
+    dense[tuple(found.index.T)] = found.depth
+    points = np.random.default_rng(1).uniform(0, np.array(dense.shape) - 1, (500, 3))
+    graph = found.linear, np.array(found.shape), found.neighbours, found.depth
+    depth = [_depth_at.py_func(*point, *graph) for point in points]
+    nearest = dense[tuple(np.rint(points).astype(int).T)]
+    expected = np.where(nearest > 0, ndimage.map_coordinates(dense, points.T, order=1), 0)
+    np.testing.assert_allclose(depth, expected, atol=1e-5)
+    assert 100 < (nearest > 0).sum() < 400
 
 
 def test_auto_threshold_separates_neurite_from_noise_also_on_a_cleaned_background():

@@ -18,7 +18,6 @@ _SAMPLE_VOXELS = 1 << 22
 _BLUR_VOXELS = 0.7  # along the finest axis: removes shot noise, leaves neurites of a voxel's width
 _TRUNCATE = 3.0
 _CAVITY_VOXELS = 32  # across: of a nucleus that no label enters
-_CORNERS = OFFSETS[(OFFSETS >= 0).all(1)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,24 +133,6 @@ class Foreground:
         linear = (place[:, 0] * self.shape[1] + place[:, 1]) * self.shape[2] + place[:, 2]
         row = np.minimum(np.searchsorted(self.linear, linear), len(self) - 1)
         return np.where(inside & (self.linear[row] == linear), row, -1)
-
-    def depth_at(self, points: np.ndarray) -> np.ndarray:
-        """(M,) depth at points (M, 3), posed and in units of `round_step`, interpolated; 0 out of the foreground."""
-        place = points / self.round_step
-        nearest = np.clip(np.rint(place), 0, np.array(self.shape) - 1).astype(np.int64)
-        linear = (nearest[:, 0] * self.shape[1] + nearest[:, 1]) * self.shape[2] + nearest[:, 2]
-        row = np.minimum(np.searchsorted(self.linear, linear), len(self) - 1)
-        found = self.linear[row] == linear
-        away = (place - nearest).T
-        jumps = np.where(away >= 0, 1, -1) * np.array([[9], [3], [1]])
-        z, y, x = np.minimum(np.abs(away), 1)
-        depth = self.depth[row] * ((1 - z) * (1 - y) * (1 - x))
-        for corner in _CORNERS:
-            column = 13 + corner @ jumps
-            there = self.neighbours[row, column - (column > 13)]
-            weight = (z if corner[0] else 1 - z) * (y if corner[1] else 1 - y) * (x if corner[2] else 1 - x)
-            depth += np.where(there >= 0, self.depth[there], 0) * weight
-        return np.where(found, depth, 0)
 
     @cached_property
     def neighbour_step(self) -> np.ndarray:

@@ -4,35 +4,25 @@ A shortest path cuts the corner inside the thicker neurite, and where two neurit
 belongs to one of them alone. So the part of a branch inside its parent is drawn anew.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
-from scipy.spatial.distance import cdist
 
 from vit3d.centerlines.foreground import Foreground
+from vit3d.centerlines.voxel_graph import compiled, inlined
 from vit3d.tree import NeuronTree
 
 _REACH, _REACH_STEPS = 3.0, 5  # the fork is sought within scale * radius + steps * in-plane voxel along the parent
 _FREE_STEPS = 0.5  # a branch is free where its centre is this far outside its parent
 _AIM_STEPS = 3.0  # a branch's direction is that of this many voxels, and its parent's radius, beyond that
 _SIDE_STEPS, _SIDE_TURN = 0.6, 0.2  # how far a branch strays from a straight line: steps * voxel + turn * length
+_BEHIND = 1e6  # cost of a fork that the branch points away from
 _DEPTH_STEPS, _DEPTH_EXCESS = 0.22, 0.2  # how well depth is known, and its mean excess in a fork
-_DEPTH_RANGE = -1.5, 0.5  # excess counts up to here; a fork in a soma is deeper than any neurite
+_LEAST_EXCESS, _MOST_EXCESS = -1.5, 0.5  # excess counts up to here; a fork in a soma is deeper than any neurite
 _CURVE = 0.4  # a branch leaves its line after this share of the way
 _CANDIDATES = 20
-_AT_ONCE = 8  # branches; more take more memory
-_SAMPLES = np.linspace(0.1, 0.9, 9)[:, None]
-_WEIGHTS = (1 - _SAMPLES) ** 2, 2 * _SAMPLES * (1 - _SAMPLES), _SAMPLES**2  # of start, control and end of a curve
-
-
-@dataclass(frozen=True)
-class _Trunk:
-    """The parent near the place where a branch was hooked on: its nodes, `rows` of the skeleton."""
-
-    rows: np.ndarray
-    points: np.ndarray
-    radii: np.ndarray
-    radius: float  # where the branch was hooked on
+_SAMPLES = 9  # of a curve, at equal distances
+_AT_ONCE = 256  # branches; more take more memory
 
 
 def place_junctions(skeleton: NeuronTree, starts: np.ndarray, foreground: Foreground) -> NeuronTree:
@@ -42,115 +32,220 @@ def place_junctions(skeleton: NeuronTree, starts: np.ndarray, foreground: Foregr
     follows a curve to that node of the parent which is best in two ways: the branch points there, and the curve is as
     deep as it should be in the union of the two, neither out of it nor off its outer wall.
     """
-    step = foreground.round_step.min()
-    parents, stops = skeleton.parents.copy(), np.append(starts[1:], len(skeleton))
-    run = np.repeat(np.arange(len(starts)), stops - starts)
-    left_out = np.zeros(len(skeleton), bool)
-    moved = np.arange(len(skeleton))
-    ways, chosen = [], []  # of each branch: its first node, then as `_ways` gives them
-    for first, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-        if parents[first] < 0:
-            continue
-        hook = moved[parents[first]]
-        reach = int(np.ceil(_REACH * skeleton.radii[hook] / step)) + _REACH_STEPS
-        trunk = _trunk(skeleton, hook, reach, parents, moved, left_out, stops[run[hook]])
-        twig = np.arange(first, min(stop, first + 2 * reach))
-        free = _first_free(skeleton.points[twig], trunk, step)
-        if free is None:
-            parents[first] = hook
-            continue
-        left_out[first : first + free] = True
-        moved[first : first + free] = first + free
-        parents[first + free] = hook
-        ways.append((first + free, *_ways(skeleton, twig[free:], trunk, step)))
-        if len(ways) == _AT_ONCE:
-            chosen += _best_ways(ways, foreground)
-            ways = []
-    chosen += _best_ways(ways, foreground) if ways else []
-    for row, fork, _ in chosen:
-        parents[row] = fork
+    count, step = len(skeleton), foreground.round_step.min()
+    points, radii, parents = skeleton.points, skeleton.radii, skeleton.parents.astype(np.int64)
+    starts = starts.astype(np.int64)
+    stops = np.append(starts[1:], count)
+    reach = np.ceil(_REACH * radii / step).astype(np.int64) + _REACH_STEPS
+    tree = points, radii, reach, np.repeat(stops, stops - starts)
+    moved, left_out = np.arange(count), np.zeros(count, bool)
+    led = []  # (first free row, the row of its parent that it leaves from, control point) of some branches each
+    for few in np.split(starts, range(_AT_ONCE, len(starts), _AT_ONCE)):
+        branch, trunk = np.empty((len(few), 4), np.int64), np.empty(len(few) * (2 * int(reach.max()) + 1), np.int64)
+        branch = branch[: _free(few, *tree, _FREE_STEPS * step, parents, moved, left_out, branch, trunk)]
+        if len(branch):
+            led.append(_best_ways(branch, trunk[: branch[-1, 3]], points, radii, foreground))
+    if not led:
+        return skeleton
+    rows, forks, controls = map(np.concatenate, zip(*led, strict=True))
+    parents[rows] = forks
     hooked = parents >= 0
     parents[hooked] = moved[parents[hooked]]
-    skeleton = _draw(replace(skeleton, parents=parents), [(row, control) for row, _, control in chosen], step)
-    return skeleton.take(np.flatnonzero(~np.append(left_out, np.zeros(len(skeleton) - len(left_out), bool))))
+    skeleton = _draw(replace(skeleton, parents=parents), rows, controls, step)
+    return skeleton.take(np.flatnonzero(~np.append(left_out, np.zeros(len(skeleton) - count, bool))))
 
 
-def _trunk(skeleton, hook, reach, parents, moved, left_out, stop) -> _Trunk:
-    """Nodes up to `reach` towards the root, across branches, and away from it along the same branch."""
-    rows = [hook]
-    while len(rows) <= reach and parents[rows[-1]] >= 0:
-        rows.append(moved[parents[rows[-1]]])
-    rows = np.concatenate([rows[::-1], np.arange(hook + 1, min(stop, hook + reach + 1))])
-    rows = rows[~left_out[rows]]
-    return _Trunk(rows, skeleton.points[rows], skeleton.radii[rows], skeleton.radii[hook])
-
-
-def _first_free(twig: np.ndarray, trunk: _Trunk, step: float) -> int | None:
-    """Where the branch has left its parent; None when it never does for long enough to have a direction."""
-    away = cdist(twig, trunk.points)
-    nearest = away.argmin(1)
-    outside = away[np.arange(len(twig)), nearest] - trunk.radii[nearest] > _FREE_STEPS * step
-    free = int(outside.argmax())
-    return free if outside[free] and len(twig) - free >= 3 else None
-
-
-def _ways(skeleton, twig, trunk: _Trunk, step: float) -> tuple[np.ndarray, ...]:
-    """Of K ways from the free branch `twig` into its parent: the rows (K,) that they end at, their control points
-    (K, 3), what they cost by direction (K,), samples (K, S, 3), and how deep those should be (K, S)."""
-    ahead = twig[: int(_AIM_STEPS + trunk.radius / step)]
-    start, points = skeleton.points[twig[0]], skeleton.points[ahead]
-    centre = points.sum(0) / len(points)
-    around = points - centre
-    direction = np.linalg.eigh(around.T @ around)[1][:, -1]
-    direction *= np.sign((points[0] - points[-1]) @ direction) or 1.0
-    across = trunk.points - centre
-    forward = across @ direction
-    length = cdist(start[None], trunk.points)[0]
+def _best_ways(branch: np.ndarray, trunk: np.ndarray, points, radii, foreground) -> tuple[np.ndarray, ...]:
+    """Of B branches: their first free rows (B,), the rows of their parents that they leave from (B,), and the control
+    points of the curves in between (B, 3). branch, trunk: as `_free` fills them."""
+    step = foreground.round_step.min()
+    free, hook, stop, end = branch.T
+    ahead = np.minimum(stop - free, (_AIM_STEPS + radii[hook] / step).astype(int))
+    direction, centre, usual = _directions(free, ahead, points, radii)
+    of = np.repeat(np.arange(len(branch)), np.diff(end, prepend=0))  # the branch of each node of a trunk
+    across = points[trunk] - centre[of]
+    forward = (across * direction[of]).sum(1)
     beside = np.sqrt(np.maximum((across**2).sum(1) - forward**2, 0))
-    cost = (beside / (_SIDE_STEPS * step + _SIDE_TURN * length)) ** 2
-    cost[forward <= 0] += 1e6
-    best = np.argsort(cost, kind="stable")[:_CANDIDATES]
-    control = start + _CURVE * length[best, None] * direction
-    path = _WEIGHTS[0] * start + _WEIGHTS[1] * control[:, None] + _WEIGHTS[2] * trunk.points[best, None]
-    inside = (trunk.radii[:, None] - cdist(trunk.points, path.reshape(-1, 3))).max(0)
-    usual = np.sort(skeleton.radii[ahead])[len(ahead) // 2]
-    expected = np.maximum(inside, usual).reshape(path.shape[:2])
-    return trunk.rows[best], control, cost[best], path, expected
+    length = np.linalg.norm(points[trunk] - points[free[of]], axis=1)
+    cost = (beside / (_SIDE_STEPS * step + _SIDE_TURN * length)) ** 2 + _BEHIND * (forward <= 0)
+    control = points[free[of]] + _CURVE * length[:, None] * direction[of]
+    control = np.clip(control, 0, (np.array(foreground.shape) - 1) * foreground.round_step)  # so is all of the curve
+    best = np.empty(len(branch), np.int64)  # place in `trunk`
+    inside = (step, foreground.round_step, foreground.linear, np.array(foreground.shape))
+    inside += (foreground.neighbours, foreground.depth)
+    _choose(end, cost, trunk, points[free], control, usual, points, radii, *inside, best)
+    return free, trunk[best], control[best]
 
 
-def _best_ways(ways: list[tuple], foreground: Foreground) -> list[tuple[int, int, np.ndarray]]:
-    """Of each branch: its first row, the row it leaves from, and the control point of the curve between them."""
-    first, rows, control, cost, path, expected = zip(*ways, strict=True)
-    depth = foreground.depth_at(np.concatenate(path).reshape(-1, 3)).reshape(-1, len(_SAMPLES))
-    excess = (depth - np.concatenate(expected)) / foreground.round_step.min() - _DEPTH_EXCESS
-    cost_of_depth = (np.clip(excess, *_DEPTH_RANGE) ** 2).mean(1) / (2 * _DEPTH_STEPS**2)
-    ends = np.cumsum([len(one) for one in rows])
-    chosen = [(a + b).argmin() for a, b in zip(cost, np.split(cost_of_depth, ends[:-1]), strict=True)]
-    return [(f, r[k], c[k]) for f, r, c, k in zip(first, rows, control, chosen, strict=True)]
+def _directions(free, ahead, points, radii) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of `ahead` (B,) rows each from `free` (B,) on: the principal axis (B, 3), towards the first of them; their centre
+    (B, 3), and the upper median of their radii (B,)."""
+    place = np.arange(ahead.max())
+    there = place < ahead[:, None]
+    rows = np.where(there, free[:, None] + place, free[:, None])
+    centre = (points[rows] * there[..., None]).sum(1) / ahead[:, None]
+    around = (points[rows] - centre[:, None]) * there[..., None]
+    axis = np.linalg.eigh(around.transpose(0, 2, 1) @ around)[1][:, :, -1]
+    back = ((points[free] - points[free + ahead - 1]) * axis).sum(1)
+    usual = np.sort(np.where(there, radii[rows], np.inf), axis=1)[np.arange(len(free)), ahead // 2]
+    return np.where(back < 0, -1, 1)[:, None] * axis, centre, usual
 
 
-def _draw(skeleton: NeuronTree, ways: list[tuple[int, np.ndarray]], step: float) -> NeuronTree:
-    """Nodes about a voxel apart along the curve from each row in `ways` to its parent."""
-    points, radii, confidence, parents = skeleton.points, skeleton.radii, skeleton.confidence, skeleton.parents
-    new, above, count = [], parents.copy(), len(parents)
-    for row, control in ways:
-        start, end = points[row], points[parents[row]]
-        number = int(np.sqrt(((end - start) ** 2).sum()) / step) - 1
-        if number < 1:
-            continue
-        u = np.arange(1, number + 1)[:, None] / (number + 1)
-        curve = (1 - u) ** 2 * end + 2 * u * (1 - u) * control + u**2 * start
-        new.append((curve, np.full(number, row), np.append(parents[row], count + np.arange(number - 1))))
-        above[row] = count + number - 1
-        count += number
-    if not new:
-        return skeleton
-    curves, like, hooks = (np.concatenate(part) for part in zip(*new, strict=True))
+def _draw(skeleton: NeuronTree, rows: np.ndarray, controls: np.ndarray, step: float) -> NeuronTree:
+    """Nodes about a voxel apart along the curve from each of the `rows` over its control point to its parent."""
+    points, radii, parents, confidence = skeleton.points, skeleton.radii, skeleton.parents, skeleton.confidence
+    start, end = points[rows], points[parents[rows]]
+    number = np.maximum((np.linalg.norm(end - start, axis=1) / step).astype(int) - 1, 0)
+    way = np.repeat(np.arange(len(rows)), number)
+    place = np.arange(len(way)) - np.repeat(np.cumsum(number) - number, number)  # along its way, from the parent on
+    u = ((place + 1) / (number[way] + 1))[:, None]
+    curve = (1 - u) ** 2 * end[way] + 2 * u * (1 - u) * controls[way] + u**2 * start[way]
+    new, like = len(skeleton) + np.arange(len(way)), rows[way]
+    above = parents.copy()
+    above[like] = new  # the last of each way remains
     return replace(
         skeleton,
-        points=np.concatenate([points, curves]),
+        points=np.concatenate([points, curve]),
         radii=np.concatenate([radii, radii[like]]),
-        parents=np.concatenate([above, hooks]),
+        parents=np.concatenate([above, np.where(place == 0, parents[like], new - 1)]),
         types=np.concatenate([skeleton.types, np.zeros(len(like), int)]),
         confidence=np.concatenate([confidence, confidence[like]]),
     )
+
+
+@compiled
+def _free(starts, points, radii, reach, stop_of, margin, parents, moved, left_out, branch, trunk):
+    """Free every branch: what it has inside its parent is `left_out`, its nodes are `moved` to the first free one.
+
+    Of each that is long enough to have a direction, into `branch`: its first free row, the row of the parent that it
+    was hooked on, the row after its last that counts, and up to where the nodes of its parent fill `trunk`. Returns
+    how many there are.
+    """
+    found, size = np.int64(0), np.int64(0)
+    for first in starts:
+        if parents[first] < 0:
+            continue
+        hook = moved[parents[first]]
+        end = _find_trunk(size, hook, reach[hook], stop_of[hook], parents, moved, left_out, trunk)
+        stop = min(stop_of[first], first + 2 * reach[hook])
+        row = first
+        while row < stop and not _is_free(row, points, radii, trunk, size, end, margin):
+            row += 1
+        if stop - row < 3:
+            parents[first] = hook
+            continue
+        for i in range(first, row):
+            left_out[i] = True
+            moved[i] = row
+        parents[row] = hook
+        branch[found, 0], branch[found, 1], branch[found, 2], branch[found, 3] = row, hook, stop, end
+        size = end
+        found += 1
+    return found
+
+
+@inlined
+def _find_trunk(size, hook, reach, stop, parents, moved, left_out, trunk):
+    """Nodes of the parent up to `reach` towards the root, across branches, and away from it along the same branch.
+
+    Into `trunk` from `size` on. Returns up to where.
+    """
+    row = hook
+    for _ in range(reach + 1):
+        if not left_out[row]:
+            trunk[size] = row
+            size += 1
+        row = parents[row]
+        if row < 0:
+            break
+        row = moved[row]
+    for row in range(hook + 1, min(stop, hook + reach + 1)):
+        if not left_out[row]:
+            trunk[size] = row
+            size += 1
+    return size
+
+
+@inlined
+def _squared_distance(points, i, z, y, x):
+    z, y, x = points[i, 0] - z, points[i, 1] - y, points[i, 2] - x
+    return z * z + y * y + x * x
+
+
+@inlined
+def _is_free(row, points, radii, trunk, begin, end, margin):
+    """Whether a row lies outside the node of the trunk nearest to it."""
+    nearest, least = trunk[begin], np.inf
+    for k in range(begin, end):
+        away = _squared_distance(points, trunk[k], points[row, 0], points[row, 1], points[row, 2])
+        if away < least:
+            nearest, least = trunk[k], away
+    return np.sqrt(least) > radii[nearest] + margin
+
+
+@compiled
+def _choose(  # noqa: C901 (each function more takes numba a tenth of a second)
+    ends, cost, trunk, start, control, usual, points, radii, finest, step, linear, shape, neighbours, depth, best,
+):  # fmt: skip
+    """Into `best`: of each branch that place in `trunk` which costs least by direction and depth together.
+
+    Only the few are looked at that direction favours, and their `cost` becomes infinite.
+    """
+    begin = np.int64(0)
+    for n in range(ends.shape[0]):
+        least = np.inf
+        for _ in range(_CANDIDATES):
+            k = begin
+            for other in range(begin + 1, ends[n]):
+                if cost[other] < cost[k]:
+                    k = other
+            total = cost[k]
+            if total >= least:
+                break
+            cost[k] = np.inf
+            for m in range(1, _SAMPLES + 1):
+                u = m / (_SAMPLES + 1)
+                a, b, c = (1 - u) * (1 - u), 2 * u * (1 - u), u * u
+                z = a * start[n, 0] + b * control[k, 0] + c * points[trunk[k], 0]
+                y = a * start[n, 1] + b * control[k, 1] + c * points[trunk[k], 1]
+                x = a * start[n, 2] + b * control[k, 2] + c * points[trunk[k], 2]
+                expected = usual[n]  # or as deep as in the parent, where that is more
+                for other in range(begin, ends[n]):
+                    room = radii[trunk[other]] - expected
+                    if room > 0:
+                        away = _squared_distance(points, trunk[other], z, y, x)
+                        if away < room * room:
+                            expected = radii[trunk[other]] - np.sqrt(away)
+                deep = _depth_at(z / step[0], y / step[1], x / step[2], linear, shape, neighbours, depth)
+                excess = min(max((deep - expected) / finest - _DEPTH_EXCESS, _LEAST_EXCESS), _MOST_EXCESS)
+                total += excess * excess / (2 * _DEPTH_STEPS * _DEPTH_STEPS * _SAMPLES)
+            if total < least:
+                best[n], least = k, total
+        begin = ends[n]
+
+
+@inlined
+def _depth_at(z, y, x, linear, shape, neighbours, depth):
+    """Depth at a point in voxels, inside the volume, interpolated; 0 out of the foreground."""
+    nz, ny, nx = int(z + 0.5), int(y + 0.5), int(x + 0.5)
+    place = (nz * shape[1] + ny) * shape[2] + nx
+    low, high = 0, linear.shape[0] - 1
+    while low < high:
+        middle = (low + high) // 2
+        if linear[middle] < place:
+            low = middle + 1
+        else:
+            high = middle
+    if linear[low] != place:
+        return 0.0
+    z, y, x = z - nz, y - ny, x - nx
+    jz, jy, jx = (9 if z >= 0 else -9), (3 if y >= 0 else -3), (1 if x >= 0 else -1)
+    z, y, x = (z if z >= 0 else -z), (y if y >= 0 else -y), (x if x >= 0 else -x)
+    total = depth[low] * ((1 - z) * (1 - y) * (1 - x))
+    for corner in range(1, 8):
+        a, b, c = corner >> 2, corner >> 1 & 1, corner & 1
+        column = 13 + a * jz + b * jy + c * jx
+        there = neighbours[low, column - 1 if column > 13 else column]
+        if there >= 0:
+            total += depth[there] * (z if a else 1 - z) * (y if b else 1 - y) * (x if c else 1 - x)
+    return total

@@ -11,8 +11,8 @@ from numba import njit
 
 OFFSETS = np.array([(z, y, x) for z in (-1, 0, 1) for y in (-1, 0, 1) for x in (-1, 0, 1) if (z, y, x) != (0, 0, 0)])
 FORWARD = np.array((21, 15, 13))  # columns of the next voxel along z, y, x
-_compiled = njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True)
-_inlined = njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True)
+compiled = njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True)
+inlined = njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True)
 _row = np.uint64  # numba asks of every signed index whether it counts from the end
 
 
@@ -95,7 +95,7 @@ def extract_branches(paths, depth, graph, rule):
     return voxel, parents, starts, owner
 
 
-@_compiled
+@compiled
 def _link(linear, jumps, ahead, neighbours, component, queue):
     """Both sides of each of the 13 forward offsets, by one pointer `ahead` each along sorted indices; then components.
 
@@ -130,7 +130,7 @@ def _link(linear, jumps, ahead, neighbours, component, queue):
         current += 1
 
 
-@_compiled
+@compiled
 def _parabolas(place, neighbours, forward, last, step, previous, squared):
     """squared[i] = min over the run of voxels j through i of previous[j] + distance(i, j)^2, background being 0."""
     for i in range(place.shape[0]):
@@ -154,7 +154,7 @@ def _parabolas(place, neighbours, forward, last, step, previous, squared):
         squared[i] = best
 
 
-@_inlined
+@inlined
 def _squared_distance(index, i, j, step):
     total = 0.0
     for axis in range(3):
@@ -162,7 +162,7 @@ def _squared_distance(index, i, j, step):
     return total
 
 
-@_inlined
+@inlined
 def _within(index, i, j, step, radius, extra):
     """Whether voxel i lies within the ball around j, widened by `extra` voxels along each axis."""
     total = 0.0
@@ -171,7 +171,7 @@ def _within(index, i, j, step, radius, extra):
     return total <= 1
 
 
-@_compiled
+@compiled
 def _hand_on(holder, place, reach, neighbours, index, step, looks):
     """Every voxel goes over to the best holder that it or its neighbours have, in a sweep there and one back.
 
@@ -205,7 +205,7 @@ def _hand_on(holder, place, reach, neighbours, index, step, looks):
         holder[_row(i)] = mine
 
 
-@_inlined
+@inlined
 def _cap_centre(tip, depth, neighbours, index, step, slope):
     """Uphill from `tip` while depth grows steeply; then onward as long as the ball there still reaches the tip."""
     best = tip
@@ -230,7 +230,7 @@ def _cap_centre(tip, depth, neighbours, index, step, slope):
     return i
 
 
-@_inlined
+@inlined
 def _chain(v, slot, slots, before, after):
     first = slots[slot]
     if first >= 0:
@@ -238,7 +238,7 @@ def _chain(v, slot, slots, before, after):
     before[v], after[v], slots[slot] = -1 - slot, first, v
 
 
-@_inlined
+@inlined
 def _unchain(v, slots, before, after):
     if before[v] >= 0:
         after[before[v]] = after[v]
@@ -248,7 +248,7 @@ def _unchain(v, slots, before, after):
         before[after[v]] = before[v]
 
 
-@_compiled
+@compiled
 def _dijkstra(
     ends, depth, slope, width, neighbours, index, step, neighbour_step, cost,
     distance, length, parent, slots, before, after,
@@ -290,7 +290,7 @@ def _dijkstra(
                 waiting += 1
 
 
-@_inlined
+@inlined
 def _cover(first, nodes, depth, rule, neighbours, index, step, voxel, owner, queue):
     """Breadth first, give the uncovered voxels around the new nodes to them."""
     fresh = nodes - first
@@ -312,7 +312,7 @@ def _cover(first, nodes, depth, rule, neighbours, index, step, voxel, owner, que
                 tail += 1
 
 
-@_compiled
+@compiled
 def _extract(
     order, parent, length, depth, rule, neighbours, index, step,
     voxel, owner, queue, node, parents, starts,
