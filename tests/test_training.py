@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import warnings
 from dataclasses import replace
@@ -17,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from scipy.spatial import cKDTree
+from tifffile import imwrite
 
 from runs import SIZES, WINDOW, equal, launch, losses, make_checkpoint, make_pairs, metrics, weights
 from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation, ViT3DImageProcessor, segment
@@ -267,6 +269,28 @@ def test_the_command_trains_and_says_where(tiny, data, tmp_path, capsys):
         main([*words, "--validate", "um"])
     assert not stopped.value.code
     assert f"best checkpoint: {tmp_path / 'run' / 'best'}" in capsys.readouterr().out
+
+
+def test_one_of_several_channels_is_trained_on_as_if_it_were_alone(config, data, tmp_path):
+    folder = tmp_path / "two"
+    folder.mkdir()
+    for name in ("um", "voxel"):
+        neuron = read_volume(data / f"{name}.tif")
+        both = np.stack([np.random.default_rng(0).permuted(neuron.voxels, axis=2), neuron.voxels], axis=1)
+        z, y, x = neuron.spacing_um
+        known = {"axes": "ZCYX", "spacing": z, "unit": "um"}
+        imwrite(folder / f"{name}.tif", both, imagej=True, metadata=known, resolution=(1 / x, 1 / y))
+        shutil.copy(data / f"{name}.swc", folder)
+    with pytest.raises(ValueError, match="2 channels; choose one with `--channel 0` to `--channel 1`"):
+        train(replace(config, data=str(folder)))
+    train(replace(config, data=str(folder), channel=1, log_every=1))
+    alone = replace(config, out=str(tmp_path / "alone"), log_every=1)
+    train(alone)
+    timeless = [
+        [{key: line[key] for key in line.keys() - {"seconds", "data_wait"}} for line in metrics(Path(out))]
+        for out in (config.out, alone.out)
+    ]
+    assert timeless[0] == timeless[1]
 
 
 @pytest.mark.slow

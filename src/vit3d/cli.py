@@ -520,6 +520,7 @@ def train(
         str | None, typer.Option(help='CSV (name,split) or JSON {"train": [names], ...}; only "train" is trained on.')
     ] = None,
     spacing: Spacing = None,
+    channel: Channel = None,
     spacing_table: Annotated[
         str | None, typer.Option(help="CSV (name,z_um,y_um,x_um); scaling_gold.csv in the folder is found by itself.")
     ] = None,
@@ -565,8 +566,8 @@ def train(
     new_folder(Path(out))
     names = tuple(name.strip() for name in validate.split(",") if name.strip())
     config = TrainingConfig(
-        data, init, out, strategy, prediction, names, split_file, triple(spacing, "--spacing"), gold, spacing_table,
-        align=align, keep_misplaced=keep_misplaced, simulated=simulated,
+        data, init, out, strategy, prediction, names, split_file, triple(spacing, "--spacing"), channel,
+        gold=gold, spacing_table=spacing_table, align=align, keep_misplaced=keep_misplaced, simulated=simulated,
         max_steps=max_steps, batch_size=batch_size, accumulation=accumulation, encoder_rate=encoder_rate,
         head_rate=head_rate, layer_decay=layer_decay, warmup_steps=warmup_steps, ema_decay=ema_decay,
         cldice_weight=cldice_weight, gradient_checkpointing=gradient_checkpointing, mixed_precision=mixed_precision,

@@ -20,6 +20,7 @@ class TrainingConfig:
     split_file: see `annotations.pairs.read_split_file`. With it, or with a split in `validate`, only the split
     "train" is trained on; without, every neuron that does not validate.
     spacing_um: voxel size (z, y, x) of the stacks; it overrides what they say themselves and `spacing_table`.
+    channel: which one of stacks that have several, counted from 0.
     gold, spacing_table: see `vit3d.annotations.pairs.find_pairs`.
     align: move each gold onto its image first. keep_misplaced: take golds that do not lie on their images, too.
     simulated: how many simulated neurons are mixed in, and `simulated_share` of the crops they get.
@@ -43,6 +44,7 @@ class TrainingConfig:
     validate: tuple[str, ...] = ()
     split_file: str | None = None
     spacing_um: tuple[float, float, float] | None = None
+    channel: int | None = None
     gold: str | None = None
     spacing_table: str | None = None
     align: bool = True

@@ -36,6 +36,7 @@ def chosen_neurons(config: TrainingConfig) -> tuple[list[dict], TrainingConfig]:
     `read_split_file`; `validate` names what the folder does not hold, or what no tree can be scored against.
     """
     rows = find_pairs(config.data, gold=config.gold, spacing_table=config.spacing_table) if config.data else []
+    rows = [{**row, "channel": config.channel} for row in rows]
     splits = splits_of(rows, config.split_file)
     config = replace(config, validate=tuple(name if name in splits else split_name(name) for name in config.validate))
     named = set(config.validate) - splits.keys()
@@ -188,7 +189,8 @@ def _key(row: dict, config: TrainingConfig) -> str:
     """All that a row's volume depends on: its files as they are now, the spacing, and how its gold is taken."""
     files = [Path(row[key]).resolve() for key in ("image", "swc", "label") if row[key]]
     facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return repr((row["name"], facts, config.spacing_um or row.get("spacing_um"), config.align, config.keep_misplaced))
+    spacing_um = config.spacing_um or row.get("spacing_um")
+    return repr((row["name"], facts, row.get("channel"), spacing_um, config.align, config.keep_misplaced))
 
 
 def _simulated(seed: int, network: ViT3DConfig, processor: ViT3DImageProcessor) -> TrainingVolume:
