@@ -15,7 +15,7 @@ import tifffile
 from vit3d.arguments import root_of
 from vit3d.cli import main
 from vit3d.tree import NeuronTree, read_swc, write_swc
-from vit3d.volume import Volume, write_volume
+from vit3d.volume import Volume, read_volume, write_volume
 
 SPACING = (1.0, 0.5, 0.5)
 
@@ -230,6 +230,18 @@ def test_a_flag_of_trace_that_does_not_fit_is_refused(vit3d, tmp_path, flags, se
     path = written(tmp_path / "a.tif")
     assert_refused(vit3d("trace", path, tmp_path / "a.swc", *flags), sentence)
     assert files(tmp_path) == {"a.tif"}
+
+
+def test_a_stack_scaled_to_1_is_traced_as_grey_levels_where_that_is_said(vit3d, tmp_path, checkpoint):
+    grey, scaled = written(tmp_path / "grey.tif"), tmp_path / "scaled.tif"
+    stated = read_volume(grey)
+    write_volume(Volume(stated.voxels.astype(np.float32) / 255, stated.spacing_um), scaled)
+    assert vit3d("trace", grey, tmp_path / "grey.swc")[0] == 0
+    assert vit3d("trace", scaled, tmp_path / "scaled.swc", "--threshold", "intensity")[0] == 0
+    points = [read_swc(tmp_path / f"{name}.swc").points for name in ("grey", "scaled")]
+    np.testing.assert_allclose(*points, atol=1e-3)
+    refused = vit3d("reconstruct", grey, "--out", tmp_path / "o", "--model", checkpoint, "--threshold", "intensity")
+    assert_refused(refused, "--threshold takes a number")
 
 
 def test_a_mask_of_another_shape_is_refused(vit3d, tmp_path, checkpoint):

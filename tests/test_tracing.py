@@ -547,6 +547,25 @@ def test_auto_threshold_separates_neurite_from_noise_also_on_a_cleaned_backgroun
         assert (found & ~mask).sum() < 0.02 * mask.sum()
 
 
+def test_intensities_from_0_to_1_are_told_from_a_probability():
+    """What passes for a probability loses all that is dimmer than half of the brightest voxel, and a warning asks."""
+    rng = np.random.default_rng(0)
+    tree = polyline(np.linspace((8, 8, 8), (8, 56, 56), 60), 2.0)
+    dim = np.where(np.arange(64) < 30, 1.0, 0.2) * paint(tree, (16, 64, 64))
+    grey = np.rint(np.clip(ndimage.gaussian_filter(200 * dim, 0.7) + rng.normal(10, 2, dim.shape), 0, 255))
+    expected = trace(Volume(grey.astype(np.uint8)))
+    scaled = Volume((grey / 255).astype(np.float32))
+    with pytest.warns(UserWarning, match="--threshold intensity"):
+        assert trace(scaled).edge_lengths.sum() < 0.7 * expected.edge_lengths.sum()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = trace(scaled, threshold="intensity")
+        trace(Volume(paint(tree, (16, 64, 64)).astype(np.float32)))
+        trace(Volume(ndimage.gaussian_filter(paint(tree, (16, 64, 64)).astype(np.float32), 0.7)))
+    assert len(found) == len(expected)
+    np.testing.assert_allclose(found.points, expected.points, atol=1e-3)
+
+
 def test_shot_noise_on_an_intensity_adds_hardly_any_cable():
     rng = np.random.default_rng(0)
     mask = paint(y_tree(), (32, 64, 80))

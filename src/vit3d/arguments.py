@@ -201,9 +201,9 @@ def bytes_of(gib: float) -> int:
     return int(gib * 2**30)
 
 
-def threshold_of(text: str) -> float | str:
-    """A number, or "auto"."""
-    return text if text == "auto" else number(text, "--threshold")
+def threshold_of(text: str, *names: str) -> float | str:
+    """A number, "auto", or another of the `names`."""
+    return text if text in ("auto", *names) else number(text, "--threshold")
 
 
 def factors_of(text: str) -> float | tuple[float, float, float]:

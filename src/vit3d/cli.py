@@ -302,7 +302,10 @@ def trace(
     channel: Channel = None,
     level: Level = None,
     polarity: Annotated[str, typer.Option(help="bright, or dark: neurites on a bright ground.")] = "bright",
-    threshold: Threshold = "auto",
+    threshold: Annotated[
+        str,
+        typer.Option(help="Foreground lies above it: a number, auto, or intensity (grey levels, even from 0 to 1)."),
+    ] = "auto",
     crop: Crop = None,
     mask: Mask = None,
     root: Annotated[
@@ -323,7 +326,8 @@ def trace(
 ):
     """Probability, mask or stack -> SWC; no network, no GPU.
 
-    Voxels that all lie from 0 to 1 are a probability, two values a mask, anything else grey levels.
+    Voxels that all lie from 0 to 1 are a probability (unless --threshold intensity), two values a mask, anything else
+    grey levels.
     """
     from .reconstruction import (
         fits_in_memory,
@@ -341,7 +345,7 @@ def trace(
 
     if polarity not in ("bright", "dark"):
         raise ValueError(f"--polarity takes bright or dark here, got {polarity!r}.")
-    out, cut = new_file(out, ".swc", ".eswc", source=probability), threshold_of(threshold)
+    out, cut = new_file(out, ".swc", ".eswc", source=probability), threshold_of(threshold, "intensity")
     budget = bytes_of(memory_budget)
     volume = open_stack(probability, spacing, channel, level, lambda v: fits_in_memory(v, budget))
     unit, box = unit_of(swc_unit, "--swc-unit", volume.spacing_um), box_of(crop, volume.shape)

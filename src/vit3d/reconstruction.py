@@ -14,7 +14,7 @@ import numpy as np
 from .formats.lazy_voxels import ChangedVoxels, LazyVoxels, VoxelsWithin, pieces
 from .regridding import as_trained, on_grid_of
 from .swc import written_here
-from .tracing import MIN_VOXELS, Review, trace_with_review
+from .tracing import LIKELY, MIN_VOXELS, Review, trace_with_review
 from .tree import NeuronTree, write_swc
 from .volume import SUFFIXES, Volume, is_stack, is_url, open_volume, write_volume
 
@@ -231,6 +231,8 @@ def _traced(probability: Volume, part: Volume, statistics, tracing: dict) -> tup
     if tracing.get("forest") and probability.spacing_um != part.spacing_um:
         finer = math.prod(np.divide(part.spacing_um, probability.spacing_um))
         tracing = {"min_voxels": MIN_VOXELS * finer, **tracing}
+    if tracing.get("threshold", "auto") == "auto":
+        tracing = {**tracing, "threshold": LIKELY}  # it is a probability, whatever it looks like
 
     def focus(tree: NeuronTree) -> float:
         return in_focus(tree, part, statistics) ** _SHARPNESS

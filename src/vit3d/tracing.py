@@ -7,7 +7,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from vit3d.centerlines.foreground import Foreground, find_foreground, find_level, intensity_threshold, smoothed
+from vit3d.centerlines.foreground import (
+    Foreground,
+    find_foreground,
+    find_level,
+    intensity_threshold,
+    seems_intensity,
+    smoothed,
+)
 from vit3d.centerlines.joining import join_fragments
 from vit3d.centerlines.skeleton import skeletonize
 from vit3d.centerlines.soma import with_hub, with_soma
@@ -15,10 +22,15 @@ from vit3d.morphometry import resample
 from vit3d.tree import NeuronTree, follow
 from vit3d.volume import Volume, refuse_other_than_volume
 
+LIKELY = 0.5  # foreground of a probability lies above it
 MIN_VOXELS = 6  # smaller components are noise, by default
 _SPECKS, _THINNING, _SPECKS_LEFT = 100, 0.5, 0.05  # see `_salt`
 _GAP_VOXELS = 10  # in-plane voxels bridged by default
 _RIVAL = 0.05  # a tree with less than this share of the longest one's cable is not the neuron, however sharp
+_SEEMS_INTENSITY = (
+    "The voxels lie from 0 to 1 and are taken for a probability, but few of those that are not dark lie above 0.5: "
+    "if they are intensities, say so with `threshold='intensity'` (--threshold intensity)."
+)
 _WEAK = 0.6  # a weak spot has less than this share of the tree's median confidence
 
 
@@ -53,8 +65,9 @@ def trace(
     each node; a soma, where a blob stands out, is one node of type 1. Background that the neuron encloses on all sides,
     an unlabelled nucleus say, is taken for neuron where it is at most 32 voxels wide.
 
-    threshold: foreground lies above it; "auto" is 0.5 for a probability, and for intensities, which are smoothed
-    by about a voxel first, it is found.
+    threshold: foreground lies above it; "auto" is 0.5 for a probability, as which voxels count that all lie from 0 to
+    1, and for intensities, which are smoothed by about a voxel first, it is found; "intensity" finds it whatever their
+    range. Where intensities seem to pass for a probability, a warning says so.
     root: (z, y, x); the tree then starts at the nearest foreground. Default: the soma or the thickest point.
     min_branch_um: side branches that reach less than this beyond their parent's surface are left out.
     max_gap_um: longest gap that is bridged; 10 in-plane voxels by default, 0 for none.
@@ -98,7 +111,9 @@ def trace_with_review(  # noqa: PLR0913 (those of `trace`, and one)
     _check(volume, root, min_branch_um, max_gap_um, step_um)
     unit = "um" if volume.spacing_um else "voxel"
     level = find_level(volume.voxels, threshold)
-    if threshold == "auto" and not level.is_probability:
+    if threshold == "auto" and level.is_probability and seems_intensity(volume.voxels):
+        warnings.warn(_SEEMS_INTENSITY, stacklevel=3)
+    if threshold in ("auto", "intensity") and not level.is_probability:
         volume = smoothed(volume)
         level = replace(level, threshold=intensity_threshold(volume.voxels))
     foreground = find_foreground(volume, level)

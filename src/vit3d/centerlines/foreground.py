@@ -15,6 +15,7 @@ _NOISE_LEVELS = 5.0  # standard deviations of the background that no neurite hid
 _SLAB_VOXELS = 1 << 18
 _PIECE = (64, 256, 256)  # read at once from disk; reading and blurring repeat work at the edges of pieces
 _SAMPLE_VOXELS = 1 << 22
+_SURE = 0.25  # share of the voxels above 0.1 of a probability that lies above 0.5, at least
 _BLUR_VOXELS = 0.7  # along the finest axis: removes shot noise, leaves neurites of a voxel's width
 _TRUNCATE = 3.0
 _CAVITY_VOXELS = 32  # across: of a nucleus that no label enters
@@ -255,13 +256,14 @@ class Level:
 
 
 def find_level(voxels: np.ndarray, threshold: float | str = "auto") -> Level:
-    """The level for `threshold`; "auto": 0.5 of a probability (all in [0, 1]), 0 of a mask, else found.
+    """The level for `threshold`; "auto": 0.5 of a probability (all in [0, 1]), 0 of a mask, else found; "intensity":
+    found.
 
     Raises ValueError for NaN or infinite voxels.
     """
     low, high = _value_range(voxels)
-    is_probability = low >= 0 and high <= 1
-    if threshold != "auto":
+    is_probability = low >= 0 and high <= 1 and threshold != "intensity"
+    if threshold not in ("auto", "intensity"):
         return Level(float(threshold), is_probability, min(low, 0.0))
     return Level(0.5, True) if is_probability else Level(intensity_threshold(voxels), False, min(low, 0.0))
 
@@ -326,6 +328,16 @@ def intensity_threshold(voxels: np.ndarray) -> float:
     above = values[values > median + noise]
     brightness = float(np.percentile(above, 90)) - median if len(above) else noise
     return median + math.sqrt(noise * brightness)
+
+
+def seems_intensity(voxels: np.ndarray) -> bool:
+    """Whether voxels from 0 to 1 look like a stack that was scaled: a network, or a classifier, is mostly sure of what
+    it finds. Read off a sample of some million voxels; integers are a mask, and what lies on disk is not read for it.
+    """
+    if voxels.dtype.kind != "f" or isinstance(voxels, LazyVoxels):
+        return False
+    values = _sample(voxels)
+    return bool((values > 0.5).sum() < _SURE * (values > 0.1).sum())
 
 
 def _sample(voxels) -> np.ndarray:
