@@ -205,6 +205,45 @@ def test_noise_alone_has_no_dark_neurites():
     assert measure(voxels).polarity == "bright"
 
 
+def _blank_slice(voxels):
+    voxels[3] = 0
+    return voxels
+
+
+FRAMES = {
+    "band": lambda voxels: np.pad(voxels, ((0, 0), (5, 0), (0, 0))),
+    "slice": _blank_slice,
+    "corners": lambda voxels: ndimage.rotate(voxels, 20, axes=(1, 2), order=1),
+}
+
+
+@pytest.mark.parametrize("frame", FRAMES.values(), ids=FRAMES.keys())
+@pytest.mark.parametrize("polarity", ["bright", "dark"])
+def test_voxels_that_were_never_imaged_count_as_background(polarity, frame):
+    """Zeros lie far below a camera's offset, and would be the darkest of neurites."""
+    plain = neurite(4.0, background=20).astype(np.uint16)
+    plain = (1000 + 4 * plain if polarity == "bright" else 3000 - 4 * plain).astype(np.uint16)
+    expected, found = measure(plain), measure(frame(plain.copy()))
+    assert (found.polarity, found.fill) == (polarity, 0.0)
+    assert expected.fill is None
+    assert found.background == pytest.approx(expected.background, abs=4)
+    assert found.bright == pytest.approx(expected.bright, rel=0.1)
+    assert not normalize(np.zeros((2, 2, 2), np.uint16), found).any()
+    assert not normalize(np.zeros((2, 2, 2), np.float32), found).any()
+
+
+@pytest.mark.parametrize("polarity", ["bright", "dark"])
+def test_a_mask_a_cleaned_and_a_saturated_stack_hold_no_voxels_that_were_never_imaged(polarity):
+    noisy = neurite(4.0, background=20)
+    for voxels in (
+        np.where(noisy > 90, 255, 0),
+        np.where(noisy > 60, noisy, 0),
+        np.clip(noisy.astype(int) * 2, 0, 255),
+    ):
+        voxels = voxels.astype(np.uint8)
+        assert measure(voxels if polarity == "bright" else 255 - voxels).fill is None
+
+
 def test_a_named_polarity_is_taken_at_its_word():
     voxels = neurite()
     assert measure(voxels, "dark").polarity == "dark"

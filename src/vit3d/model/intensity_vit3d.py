@@ -23,6 +23,8 @@ _PROBES, _PROBE = 128, (12, 96, 96)  # where a few slices alone would be too man
 _TILE = (16, 64, 128)  # blurred at once: in the cache
 CELL = (4, 16, 16)  # voxels over which the ground is averaged; whole cells make a tile
 _FEWEST_LEVELS = 20  # a stack of fewer grey levels has finer noise than one
+_FILL_SAMPLE = 1_000_000  # voxels
+_LEAST_FILL, _MOST_BETWEEN = 5e-4, 0.1  # shares: of all voxels, and of those that were never imaged
 _UNEVEN_TAILS = 1.3  # a tail so many times the other one is no noise
 _MIN_CONTRAST = 3.0  # upper bound at least this many noises above the background
 
@@ -36,7 +38,8 @@ class IntensityStatistics:
     the side that `polarity` names: above the background ("bright", fluorescence) or below it ("dark",
     brightfield). `sure` is False when the volume does not show which side holds the neurites, or when brightness
     alone cannot tell them from its noise; everything is then computed. `ceiling` is the level beyond which nothing
-    passes for ground (see `local_background`); None takes it from the voxels at hand.
+    passes for ground (see `local_background`); None takes it from the voxels at hand. `fill` is the level of voxels
+    that were never imaged (a band, a corner, a slice of zeros below everything else); they count as background.
     """
 
     background: float
@@ -45,6 +48,7 @@ class IntensityStatistics:
     polarity: str = "bright"
     sure: bool = True
     ceiling: float | None = None
+    fill: float | None = None
 
     @property
     def sign(self) -> float:
@@ -82,10 +86,12 @@ def measure(voxels, polarity: str = "auto") -> IntensityStatistics:
     """Statistics of a whole volume, from evenly spaced groups of slices when it is deep.
 
     Many stacks have a cleaned background (median, MAD, even the 99th percentile are 0), so the bright level is
-    taken from the voxels that leave the background, and never equals it.
+    taken from the voxels that leave the background, and never equals it. Voxels that were never imaged are left out.
     """
     check_polarity(polarity)
     slabs = _sample(voxels)
+    fill, middle = _fill(slabs)
+    slabs = slabs if fill is None else [_without_fill(slab, fill, middle) for slab in slabs]
     thin = 1 if slabs[0].size < _SAMPLE_VOXELS // 8 else 3  # blurred neighbours say the same: one in three will do
     blurred = [blur(slab) for slab in slabs]
     means = [_cell_means(slab) for slab in slabs]
@@ -112,7 +118,12 @@ def measure(voxels, polarity: str = "auto") -> IntensityStatistics:
     noise = max(_spread(raised), floor)
     too_noisy = noise > floor and LEAST_FACTOR * noise > 2 * FAINT_SHARE * contrast
     sure = sure and not too_noisy
-    return IntensityStatistics(background, noise, background + sign * contrast, polarity, sure, ceiling)
+    return IntensityStatistics(background, noise, background + sign * contrast, polarity, sure, ceiling, fill)
+
+
+def fill_level(voxels) -> float | None:
+    """The level of the voxels of a volume that were never imaged, as `IntensityStatistics.fill`."""
+    return _fill(_sample(voxels))[0]
 
 
 def check_polarity(polarity: str) -> None:
@@ -339,6 +350,38 @@ def _grey_level(slabs: list[np.ndarray], sample: np.ndarray, background: float, 
     return few if spread >= step else max(few, level)
 
 
+def _fill(slabs: list[np.ndarray]) -> tuple[float | None, float]:
+    """The level of voxels that were never imaged, None where there are none, and the median of the others.
+
+    It is the lowest one, where many voxels have it exactly, though not most as in a cleaned stack, and next to none lie
+    in the lower half of what is between it and the noise of the others.
+    """
+    every = 1 + sum(slab.size for slab in slabs) // _FILL_SAMPLE
+    values = np.concatenate([slab.reshape(-1)[::every] for slab in slabs])
+    lowest = values.min()
+    rest = values[values != lowest]
+    filled = values.size - rest.size
+    if not _LEAST_FILL * values.size <= filled <= values.size / 2:
+        return None, 0.0
+    rest = rest.astype(np.float32)
+    middle = _median(rest)
+    limit = middle - NOISE_FACTOR * max(_spread(rest), float(np.ptp(rest)) / 255)
+    few = len(np.unique(rest)) < _FEWEST_LEVELS  # what is no mask has noise
+    between = (rest < (lowest + limit) / 2).sum()  # dark neurites lie above that
+    is_fill = not few and lowest < limit and between <= _MOST_BETWEEN * filled
+    return float(lowest) if is_fill else None, middle
+
+
+def _without_fill(slab: np.ndarray, fill: float, middle: float) -> np.ndarray:
+    """A slab with the level `middle` where it was never imaged, and within two voxels, which resampling mixed."""
+    filled = slab == fill
+    for axis in range(3):
+        wide = np.pad(filled, [(2, 2) if a == axis else (0, 0) for a in range(3)])
+        shifted = (_along(wide, axis, shift, shift + slab.shape[axis]) for shift in range(5))
+        filled = np.logical_or.reduce(list(shifted))
+    return np.where(filled, slab.dtype.type(middle), slab)
+
+
 def _tiles(shape: tuple[int, int, int]):
     """Boxes that cover a volume, small enough for the cache."""
     for start in product(*(range(0, size, step) for size, step in zip(shape, _TILE, strict=True))):
@@ -442,4 +485,6 @@ def _normalized_levels(statistics: IntensityStatistics, dtype: np.dtype, mean: f
 def _normalize(voxels, statistics: IntensityStatistics, mean: float, std: float) -> np.ndarray:
     scale = np.float32(statistics.sign / abs(statistics.bright - statistics.background))
     values = (np.asarray(voxels, dtype=np.float32) - np.float32(statistics.background)) * scale
+    if statistics.fill is not None:
+        values[voxels == statistics.fill] = 0
     return (np.clip(values, 0.0, 1.0) ** np.float32(DISPLAY_GAMMA) - np.float32(mean)) / np.float32(std)
