@@ -244,6 +244,28 @@ def test_a_stack_scaled_to_1_is_traced_as_grey_levels_where_that_is_said(vit3d, 
     assert_refused(refused, "--threshold takes a number")
 
 
+@pytest.mark.parametrize("offset", [0, 1000, -300])
+def test_a_mask_leaves_the_threshold_of_a_raw_stack_alone(vit3d, tmp_path, offset):
+    """What a mask blanks is no background: a threshold found there would take the noise inside for neurites."""
+    grey = stack().astype(np.int16) + np.random.default_rng(0).normal(20, 3, stack().shape).astype(np.int16) + offset
+    path, inside = written(tmp_path / "a.tif", grey), np.zeros(grey.shape, np.uint8)
+    inside[2:-2, 8:32, 24:72] = 255
+    mask = written(tmp_path / "mask.tif", inside)
+    for name, flags in (
+        ("whole", ()),
+        ("part", ("--mask", mask)),
+        ("crop", ("--mask", mask, "--crop", "0:99,0:99,0:60")),
+    ):
+        assert vit3d("trace", path, tmp_path / f"{name}.swc", "--swc-unit", "voxel", *flags)[0] == 0
+    whole, *parts = (read_swc(tmp_path / f"{name}.swc") for name in ("whole", "part", "crop"))
+    for part in parts:
+        away = np.linalg.norm(part.points[:, None] - whole.points, axis=2).min(1)
+        assert len(part) > 20
+        assert away.max() < 1.5
+        rows = np.rint(part.points).astype(int)
+        assert inside[tuple(rows.T)].all()
+
+
 def test_a_mask_of_another_shape_is_refused(vit3d, tmp_path, checkpoint):
     path, mask = written(tmp_path / "a.tif"), written(tmp_path / "mask.tif", stack((12, 40, 95)))
     sentence = r"mask has shape \(12, 40, 95\), the stack \(12, 40, 96\)"

@@ -593,6 +593,15 @@ def test_inverting_keeps_every_difference_and_makes_the_brightest_0(dtype):
     np.testing.assert_array_equal(dark.voxels.astype(float), float(voxels.max()) - voxels)
 
 
+def test_what_was_never_imaged_is_no_neurite_when_a_stack_is_inverted():
+    voxels = np.random.default_rng(0).normal(3000, 20, (12, 40, 50)).astype(np.uint16)
+    voxels[6, 20, 5:45] = 1500
+    voxels[:, :4] = 0
+    turned = inverted(Volume(voxels, SPACING)).voxels
+    assert not turned[:, :4].any()
+    assert (turned[6, 20, 5:45] > 1.2 * np.median(turned[:, 4:]) + 1000).all()
+
+
 # ------------------------------------------------------------ the demo
 
 

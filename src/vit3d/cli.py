@@ -330,6 +330,7 @@ def trace(
     grey levels.
     """
     from .reconstruction import (
+        check_mask,
         fits_in_memory,
         inverted,
         masked,
@@ -340,8 +341,9 @@ def trace(
         within,
         write_review,
     )
-    from .tracing import trace_with_review
+    from .tracing import trace_with_review, with_level
     from .tree import write_swc
+    from .volume import Volume
 
     if polarity not in ("bright", "dark"):
         raise ValueError(f"--polarity takes bright or dark here, got {polarity!r}.")
@@ -351,10 +353,14 @@ def trace(
     unit, box = unit_of(swc_unit, "--swc-unit", volume.spacing_um), box_of(crop, volume.shape)
     start = root_of(root, box, volume.spacing_um)
     volume = inverted(volume) if polarity == "dark" else volume
-    volume = volume if mask is None else masked(volume, open_mask(mask))
+    part, found = with_level(within(volume, box), cut)
+    if mask is not None:
+        allowed = open_mask(mask)
+        check_mask(allowed, volume)
+        part = masked(part, within(Volume(allowed), box).voxels, found.dark)
     tree, reviews = trace_with_review(
-        within(volume, box),
-        threshold=cut,
+        part,
+        threshold=found,
         root=start,
         min_branch_um=min_branch_um,
         max_gap_um=max_gap_um,

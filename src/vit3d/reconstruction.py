@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from .formats.lazy_voxels import ChangedVoxels, LazyVoxels, VoxelsWithin, pieces
+from .model.intensity_vit3d import fill_level
 from .regridding import as_trained, on_grid_of
 from .swc import written_here
 from .tracing import LIKELY, MIN_VOXELS, Review, trace_with_review
@@ -85,7 +86,7 @@ def reconstruct(
     from .segmentation import segment  # torch is loaded only here: tracing a mask needs none
 
     if mask is not None:
-        _check_mask(mask, volume)  # before the long part
+        check_mask(mask, volume)  # before the long part
     processor = processor or ViT3DImageProcessor.from_config(model.config)
     statistics = processor.measure(as_trained(volume, model.config).voxels)
     box = box or tuple(slice(0, size) for size in volume.shape)
@@ -125,7 +126,7 @@ def reconstruct_on_disk(
     from .model.image_processing_vit3d import ViT3DImageProcessor
 
     if mask is not None:
-        _check_mask(mask, volume)
+        check_mask(mask, volume)
     processor = processor or ViT3DImageProcessor.from_config(model.config)
     statistics = processor.measure(as_trained(volume, model.config).voxels)
     box = box or tuple(slice(0, size) for size in volume.shape)
@@ -170,10 +171,10 @@ def within(volume: Volume, box: Box) -> Volume:
     return Volume(VoxelsWithin(volume.voxels, box), volume.spacing_um) if lazy else volume.crop(box)
 
 
-def masked(volume: Volume, mask) -> Volume:
-    """The volume with zeros where `mask`, of the same shape, is 0; of voxels on disk nothing is read."""
-    _check_mask(mask, volume)
-    zero = volume.voxels.dtype.type(0)
+def masked(volume: Volume, mask, dark: float = 0.0) -> Volume:
+    """The volume with `dark` where `mask`, of the same shape, is 0; of voxels on disk nothing is read."""
+    check_mask(mask, volume)
+    zero = volume.voxels.dtype.type(dark)
     if isinstance(volume.voxels, LazyVoxels):
         voxels = ChangedVoxels(volume.voxels, lambda part, box: np.where(np.asarray(mask[box]) != 0, part, zero))
     else:
@@ -182,18 +183,23 @@ def masked(volume: Volume, mask) -> Volume:
 
 
 def inverted(volume: Volume) -> Volume:
-    """Dark neurites on a bright ground made bright ones on a dark ground; the brightest voxel becomes 0."""
+    """Dark neurites on a bright ground made bright ones on a dark ground.
+
+    The brightest voxel becomes 0, and so does what was never imaged.
+    """
     voxels = volume.voxels
+    fill = fill_level(voxels)
     if isinstance(voxels, LazyVoxels) and voxels.dtype.kind != "i":
         highest = max(np.asarray(voxels[box]).max() for box in pieces(voxels))
-        return Volume(ChangedVoxels(voxels, lambda part, _: _turned(part, highest)), volume.spacing_um)
+        return Volume(ChangedVoxels(voxels, lambda part, _: _turned(part, highest, fill)), volume.spacing_um)
     voxels = np.asarray(voxels)
     voxels = voxels.astype(np.int64) if voxels.dtype.kind == "i" else voxels
-    return Volume(_turned(voxels, voxels.max()), volume.spacing_um)
+    return Volume(_turned(voxels, voxels.max(), fill), volume.spacing_um)
 
 
-def _turned(voxels: np.ndarray, highest) -> np.ndarray:
-    return ~voxels if voxels.dtype == bool else highest - voxels
+def _turned(voxels: np.ndarray, highest, fill: float | None) -> np.ndarray:
+    turned = ~voxels if voxels.dtype == bool else highest - voxels
+    return turned if fill is None else np.where(voxels == fill, turned.dtype.type(0), turned)
 
 
 def in_focus(tree: NeuronTree, volume: Volume, statistics) -> float:
@@ -326,7 +332,7 @@ def find_stacks(path: Path) -> dict[str, Path]:
     return {p.stem if stems.count(p.stem) == 1 else p.name: p for p in stacks}
 
 
-def _check_mask(mask, volume: Volume) -> None:
+def check_mask(mask, volume: Volume) -> None:
     if tuple(mask.shape) != volume.shape:
         raise ValueError(f"The mask has shape {mask.shape}, the stack {volume.shape}; they must be equal (Z, Y, X).")
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from vit3d.centerlines.foreground import (
     Foreground,
+    Level,
     find_foreground,
     find_level,
     intensity_threshold,
@@ -93,7 +94,7 @@ def trace(
 def trace_with_review(  # noqa: PLR0913 (those of `trace`, and one)
     volume: Volume,
     *,
-    threshold: float | str = "auto",
+    threshold: float | str | Level = "auto",
     root: tuple[float, float, float] | None = None,
     min_branch_um: float | None = None,
     max_gap_um: float | None = None,
@@ -110,12 +111,7 @@ def trace_with_review(  # noqa: PLR0913 (those of `trace`, and one)
     refuse_other_than_volume(volume)
     _check(volume, root, min_branch_um, max_gap_um, step_um)
     unit = "um" if volume.spacing_um else "voxel"
-    level = find_level(volume.voxels, threshold)
-    if threshold == "auto" and level.is_probability and seems_intensity(volume.voxels):
-        warnings.warn(_SEEMS_INTENSITY, stacklevel=3)
-    if threshold in ("auto", "intensity") and not level.is_probability:
-        volume = smoothed(volume)
-        level = replace(level, threshold=intensity_threshold(volume.voxels))
+    volume, level = with_level(volume, threshold)
     foreground = find_foreground(volume, level)
     if not len(foreground):
         warnings.warn(f"No voxel lies above the threshold {level.threshold:g}: the tree is empty.", stacklevel=3)
@@ -133,6 +129,18 @@ def trace_with_review(  # noqa: PLR0913 (those of `trace`, and one)
     tree = with_hub(with_soma(tree, foreground)) if root is None else tree
     tree = tree.sorted() if step_um is None else resample(tree, step_um)
     return tree, left_out + reviews
+
+
+def with_level(volume: Volume, threshold: float | str | Level) -> tuple[Volume, Level]:
+    """The volume, smoothed where its intensities are and a threshold is to be found, and what counts as foreground; as
+    `trace` takes both. A level is left as it is. Whoever blanks part of a volume finds the level before."""
+    level = find_level(volume.voxels, threshold)
+    if threshold == "auto" and level.is_probability and seems_intensity(volume.voxels):
+        warnings.warn(_SEEMS_INTENSITY, stacklevel=4)
+    if threshold in ("auto", "intensity") and not level.is_probability:
+        volume = smoothed(volume)
+        level = replace(level, threshold=intensity_threshold(volume.voxels))
+    return volume, level
 
 
 def _check(volume, root, *lengths_um) -> None:

@@ -255,13 +255,15 @@ class Level:
         return values / (values + np.float32(self.threshold - self.dark))
 
 
-def find_level(voxels: np.ndarray, threshold: float | str = "auto") -> Level:
+def find_level(voxels: np.ndarray, threshold: float | str | Level = "auto") -> Level:
     """The level for `threshold`; "auto": 0.5 of a probability (all in [0, 1]), 0 of a mask, else found; "intensity":
-    found.
+    found; a level stays.
 
     Raises ValueError for NaN or infinite voxels.
     """
     low, high = _value_range(voxels)
+    if isinstance(threshold, Level):
+        return threshold
     is_probability = low >= 0 and high <= 1 and threshold != "intensity"
     if threshold not in ("auto", "intensity"):
         return Level(float(threshold), is_probability, min(low, 0.0))
