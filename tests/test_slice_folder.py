@@ -89,6 +89,31 @@ def test_a_lost_slice_is_missed(tmp_path, lost):
         open_volume(folder)
 
 
+NAMES = {
+    "channels": lambda z: f"s_z{z // 2:03d}_ch{z % 2:02d}.tif",
+    "neurons": lambda z: f"cell{'AB'[z // 6]}_{z % 6:02d}.tif",
+    "times": lambda z: f"t{z // 6}_z{z % 6}.tif",
+    "a projection": lambda z: f"z{z:03d}.tif" if z else "MAX_z.tif",
+}
+
+
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES.keys())
+def test_slices_of_several_channels_times_or_neurons_are_no_stack(tmp_path, name):
+    folder = slices(tmp_path / "a", noise())
+    for path in list(folder.iterdir()):
+        path.rename(folder / name(int(path.stem[1:])))
+    with pytest.raises(ValueError, match="do not differ in their slice number alone"):
+        open_volume(folder)
+
+
+def test_the_time_at_which_each_slice_was_taken_may_stand_behind_its_number(tmp_path):
+    folder = slices(tmp_path / "a", noise())
+    for path in list(folder.iterdir()):
+        z = int(path.stem[1:])
+        path.rename(folder / f"z{z}_at{z * 7 % 5}s.tif")
+    assert (read_volume(folder).voxels == noise()).all()
+
+
 def test_numbers_may_have_any_step(tmp_path):
     folder = slices(tmp_path / "a", noise())
     for path in list(folder.iterdir()):

@@ -669,3 +669,21 @@ print((before - resident()) / (8 * 2**23))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert float(done.stdout) > 0.9, done.stderr
+
+
+@pytest.mark.parametrize("shapes, ome", [([(9, 20, 30), (7, 20, 30)], False), ([(9, 20, 30), (9, 20, 30)], True)])
+def test_a_tiff_of_several_stacks_is_not_taken_for_its_first(tmp_path, shapes, ome):
+    path = tmp_path / ("a.ome.tif" if ome else "a.tif")
+    with tifffile.TiffWriter(path, ome=ome) as file:
+        for shape in shapes:
+            file.write(np.ones(shape, np.uint8), photometric="minisblack", metadata={"axes": "ZYX"})
+    with pytest.raises(ValueError, match="holds several stacks .9 x 20 x 30, "):
+        read_volume(path)
+
+
+def test_a_preview_beside_a_stack_is_passed_over(tmp_path):
+    voxels = np.random.default_rng(0).integers(0, 200, (9, 20, 30)).astype(np.uint8)
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        file.write(voxels, photometric="minisblack", metadata={"axes": "ZYX"})
+        file.write(voxels[0, ::2, ::2], photometric="minisblack")
+    assert (read_volume(tmp_path / "a.tif").voxels == voxels).all()

@@ -82,14 +82,21 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _check_numbers(files: list[Path]) -> None:
-    """ValueError where the slices' names differ in one number and that number leaves a gap."""
+    """ValueError where the first number in which the slices' names differ does not count them, or leaves a gap.
+
+    Numbers after it may differ as well, such as the time at which each was taken.
+    """
     names = [re.split(r"(\d+)", file.stem) for file in files]
-    if len({len(words) for words in names}) > 1:
-        return
-    differing = [at for at, words in enumerate(zip(*names, strict=True)) if len(set(map(str, words))) > 1]
-    if len(differing) != 1 or differing[0] % 2 == 0:
+    for file, words in zip(files, names, strict=True):
+        if words[::2] != names[0][::2]:
+            raise _other_names(files[0], file)
+    differing = [at for at, words in enumerate(zip(*names, strict=True)) if len(set(words)) > 1]
+    if not differing:
         return
     numbers = [int(words[differing[0]]) for words in names]
+    if len(set(numbers)) < len(numbers):
+        repeated = next(at for at in range(1, len(numbers)) if numbers[at] in numbers[:at])
+        raise _other_names(files[numbers.index(numbers[repeated])], files[repeated])
     steps = np.diff(numbers)
     if (steps != steps.min()).any():
         at = int(np.flatnonzero(steps != steps.min())[0])
@@ -97,6 +104,13 @@ def _check_numbers(files: list[Path]) -> None:
             f"{files[0].parent} lacks slices: after {files[at].name} comes {files[at + 1].name}; "
             "restore or rename them."
         )
+
+
+def _other_names(one: Path, other: Path) -> ValueError:
+    return ValueError(
+        f"{one.parent} is no stack: {one.name} and {other.name} do not differ in their slice number alone; keep the "
+        "slices of one channel, time point and neuron in a folder."
+    )
 
 
 def _header(file: Path) -> tuple[tuple[int, ...], np.dtype]:

@@ -70,6 +70,7 @@ def _voxels(path: Path, tiff: tifffile.TiffFile, channel: int | None, time: int 
             "some of their pages or bytes are missing; copy or export it again."
         )
     index = stack_index(series.axes, series.shape, path, channel, time)
+    _refuse_several(path, tiff)
     dtype = np.dtype(series.dtype)
     if contiguous:
         if series.dataoffset + series.nbytes > path.stat().st_size:
@@ -79,6 +80,14 @@ def _voxels(path: Path, tiff: tifffile.TiffFile, channel: int | None, time: int 
     check_declared(path, series.shape, dtype, series.keyframe.chunks)
     with damage_reported(path):
         return TiffVoxels(path, tiff, index)
+
+
+def _refuse_several(path: Path, tiff: tifffile.TiffFile) -> None:
+    """ValueError where another series has slices as large as the first one's: no preview, which would be smaller."""
+    sides = [(size.get("Y"), size.get("X")) for size in (dict(zip(s.axes, s.shape, strict=True)) for s in tiff.series)]
+    if sides.count(sides[0]) > 1:
+        shapes = ", ".join(" x ".join(map(str, series.shape)) for series in tiff.series)
+        raise ValueError(f"{path} holds several stacks ({shapes}); save the one that you mean as a file of its own.")
 
 
 def write_tiff(voxels: np.ndarray, path: Path, spacing_um: SpacingUm | None) -> None:
