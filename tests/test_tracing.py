@@ -1,5 +1,6 @@
 """Tracing: drawn neurites come back with their length, place, radius and branches, however the volume lies."""
 
+import re
 import warnings
 
 import numpy as np
@@ -215,6 +216,29 @@ def test_a_gap_is_left_open_when_it_is_longer_than_allowed_and_forest_keeps_both
     assert (tree.num_roots, both.num_roots) == (1, 2)
     assert both.cable_length > 1.5 * tree.cable_length
     np.testing.assert_array_equal(both.points[: len(tree)], tree.points)
+
+
+def test_a_tree_left_out_that_is_not_much_shorter_than_the_one_kept_is_told():
+    long = polyline(np.linspace((8, 16, 6), (8, 16, 90), 85), 2.0)
+    for reach, told in ((70, True), (30, False)):
+        short = polyline(np.linspace((8, 44, 6), (8, 44, reach), reach - 5), 2.0)
+        volume = Volume(paint(together(long, short), (16, 60, 96)))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            trace(volume)
+        assert [bool(re.match(r"A tree of \d+ voxels was left out .*--root", str(one.message))) for one in said] == [
+            True
+        ] * told
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            trace(volume, root=(8, 44, 6))
+            trace(volume, forest=True)
+
+
+def test_a_mask_that_is_inverted_is_told():
+    mask = paint(y_tree(), (32, 64, 80))
+    with pytest.warns(UserWarning, match=r"9\d% of the volume lies above .* inverted"):
+        trace(Volume((~mask)[:, 20:44, 4:40]))
 
 
 def test_what_cannot_be_joined_is_listed_with_its_cable_and_not_when_it_is_kept():

@@ -32,6 +32,7 @@ _SEEMS_INTENSITY = (
     "The voxels lie from 0 to 1 and are taken for a probability, but few of those that are not dark lie above 0.5: "
     "if they are intensities, say so with `threshold='intensity'` (--threshold intensity)."
 )
+_CLOSE_RIVAL = 0.5  # share of the cable kept from which on what is left out deserves a word
 _WEAK = 0.6  # a weak spot has less than this share of the tree's median confidence
 
 
@@ -125,6 +126,7 @@ def trace_with_review(  # noqa: PLR0913 (those of `trace`, and one)
     whole = tree
     tree, bridges, rows = _neuron(whole, bridges, root, forest, focus)
     left_out = _left_out(whole, rows)
+    _warn_of_rivals(tree, left_out, root)
     reviews = sorted(_joins(tree, bridges) + _weak_spots(tree, bridges), key=lambda review: review.confidence)
     tree = with_hub(with_soma(tree, foreground)) if root is None else tree
     tree = tree.sorted() if step_um is None else resample(tree, step_um)
@@ -237,6 +239,18 @@ def _left_out(tree: NeuronTree, kept: np.ndarray) -> list[Review]:
         middle = tuple(tree.points[rows].mean(0).tolist())
         reviews.append(Review("left out", middle, float(cable[root]), float(tree.confidence[rows].mean())))
     return reviews
+
+
+def _warn_of_rivals(tree: NeuronTree, left_out: list[Review], root) -> None:
+    """A scale bar, or another neuron, may be what was kept."""
+    kept = tree.edge_lengths.sum()
+    if root is None and left_out and left_out[0].length > _CLOSE_RIVAL * kept:
+        unit = tree.unit if tree.unit == "um" else "voxels"
+        warnings.warn(
+            f"A tree of {left_out[0].length:.0f} {unit} was left out beside the one of {kept:.0f} that was kept: "
+            "`root` (--root) takes another, `forest` (--forest) keeps all.",
+            stacklevel=4,
+        )
 
 
 def _joins(tree: NeuronTree, bridges: list[np.ndarray]) -> list[Review]:

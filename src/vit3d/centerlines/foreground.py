@@ -1,6 +1,7 @@
 """Foreground: the voxels of a volume that are neuron, kept sparse, so that cost follows the neuron, not the box."""
 
 import math
+import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -277,6 +278,12 @@ def find_foreground(volume: Volume, level: Level) -> Foreground:
         raise ValueError(
             f"All of the volume (fraction 1.0) lies above the threshold {level.threshold:g}: "
             "give a mask or probability with background, or a higher `threshold`."
+        )
+    if len(linear) > math.prod(volume.shape) / 2:
+        share = f"{len(linear) / math.prod(volume.shape):.0%}"
+        warnings.warn(
+            f"{share} of the volume lies above the threshold {level.threshold:g}: is the mask, or the stack, inverted?",
+            stacklevel=4,
         )
     if not len(linear):
         return Foreground(linear, values, volume.shape, np.ones(3), np.arange(3), np.zeros(3, bool))
