@@ -481,7 +481,7 @@ def test_the_smallest_stack_holds_a_neuron(vit3d, tmp_path):
 
 def test_trees_in_different_units_are_not_measured_in_one_table(vit3d, tmp_path):
     um, other = line_swc(tmp_path / "a.swc"), tmp_path / "b.swc"
-    assert vit3d("convert", um, other, "--swc-unit", "voxel")[0] == 0
+    write_swc(NeuronTree(np.eye(3), np.ones(3), np.arange(3) - 1, unit="voxel"), other)
     silent = raw_bytes(tmp_path / "c.swc", b"1 3 0 0 0 1 -1\n2 3 5 0 0 1 1\n")
     both = vit3d("measure", um, other)
     assert_refused(
@@ -491,6 +491,30 @@ def test_trees_in_different_units_are_not_measured_in_one_table(vit3d, tmp_path)
     assert_refused(vit3d("measure", um, silent), r"c.swc unstated\).*, or state what they do not say with --unit\.$")
     status, printed, _ = vit3d("measure", um, silent, "--unit", "um")
     assert (status, len(printed.splitlines())) == (0, 3)
+
+
+def test_a_tree_in_voxels_of_known_size_is_measured_in_um(vit3d, tmp_path):
+    """Voxels of unequal sides have no length."""
+    um, voxel = line_swc(tmp_path / "a.swc"), tmp_path / "b.swc"
+    assert vit3d("convert", um, voxel, "--swc-unit", "voxel")[0] == 0
+    status, printed, _ = vit3d("measure", um, voxel)
+    first, second = (line.split(",")[1:] for line in printed.splitlines()[1:])
+    assert status == 0
+    assert [float(value) for value in first] == pytest.approx([float(value) for value in second])
+
+
+def test_a_voxel_size_other_than_a_tree_in_um_states_is_refused_or_used(vit3d, tmp_path):
+    um, out = line_swc(tmp_path / "a.swc"), tmp_path / "b.swc"
+    assert_refused(
+        vit3d("convert", um, out, "--spacing", "2,0.66,0.66"), "is in um and states voxels of .*--swc-unit voxel"
+    )
+    assert not out.exists()
+    lengths = []
+    for flags in ((), ("--spacing", "2,0.66,0.66")):
+        status, printed, _ = vit3d("score", um, um, "--json", *flags)
+        assert status == 0
+        lengths.append(json.loads(printed)["gold_length_vox"])
+    assert lengths[1] == pytest.approx(lengths[0] * SPACING[2] / 0.66)
 
 
 def test_the_help_tells_every_unit_flag_and_every_default_apart(vit3d, monkeypatch):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+from vit3d.comparison import compare
 from vit3d.morphometry import path_sums
 from vit3d.scoring import score_forest, score_masks, score_trees
 from vit3d.tree import NeuronTree, read_swc
@@ -385,6 +386,15 @@ def test_masks_may_be_volumes_and_bring_their_spacing():
     assert_allclose(scores["hd95_um"], 1.5)
 
 
+def test_masks_of_different_voxels_are_refused_unless_a_size_is_given():
+    mask = np.zeros((4, 5, 6), bool)
+    mask[2, 2, 1:5] = True
+    one, other = Volume(mask, (1.0, 0.5, 0.5)), Volume(mask, (5.0, 1.0, 1.0))
+    with pytest.raises(ValueError, match=r"one spacing; .*\(1.0, 0.5, 0.5\) and \(5.0, 1.0, 1.0\)"):
+        score_masks(one, other)
+    assert score_masks(one, other, spacing_um=SPACING_UM)["dice"] == 1
+
+
 def test_masks_that_cannot_be_compared_are_refused():
     with pytest.raises(ValueError, match="one shape"):
         score_masks(tube(), tube()[1:])
@@ -394,6 +404,11 @@ def test_masks_that_cannot_be_compared_are_refused():
         score_masks(np.linspace(0, 1, tube().size).reshape(tube().shape), tube())
     with pytest.raises(ValueError, match="gold mask must hold 0 and one other value"):
         score_masks(tube(), np.where(tube(), np.nan, 0))
+
+
+def test_trees_that_cross_once_are_told_to_hardly_meet():
+    with pytest.warns(UserWarning, match="a: the trees have hardly a place in common; do their units"):
+        compare("a", line(), path((0, -50, 50), (0, 50, 50)), 2.0)
 
 
 # --- several trees against labels ---

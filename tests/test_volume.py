@@ -687,3 +687,10 @@ def test_a_preview_beside_a_stack_is_passed_over(tmp_path):
         file.write(voxels, photometric="minisblack", metadata={"axes": "ZYX"})
         file.write(voxels[0, ::2, ::2], photometric="minisblack")
     assert (read_volume(tmp_path / "a.tif").voxels == voxels).all()
+
+
+@pytest.mark.parametrize("unit, um", [("Microns", 1.0), ("MICRON", 1.0), ("Micrometers", 1.0), ("nm", 1e-3)])
+def test_units_may_be_written_large_and_differ_in_depth(tmp_path, unit, um):
+    known = {"axes": "ZYX", "unit": unit, "spacing": 2000, "zunit": "nm"}
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((4, 5, 6), np.uint8), imagej=True, resolution=(2, 2), metadata=known)
+    assert read_volume(tmp_path / "a.tif").spacing_um == pytest.approx((2.0, 0.5 * um, 0.5 * um))

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from .tree import UNITS, NeuronTree, read_swc
@@ -12,6 +13,7 @@ from .volume import SUFFIXES, Volume, is_stack, loaded, open_volume, read_volume
 SWC_SUFFIXES = (".swc", ".eswc")
 Box = tuple[slice, slice, slice]
 
+_FINE = 0.8  # a slice is hardly ever thinner than this times a voxel's side
 _LARGE_UM = 100.0  # no light microscope samples a neuron this coarsely
 _SMALLEST_SHAPE = (8, 32, 32)
 
@@ -40,6 +42,11 @@ def open_stack(
 def notice_spacing(path: Path, volume: Volume) -> None:
     if volume.spacing_um and max(volume.spacing_um) > _LARGE_UM:
         warnings.warn(f"{path.name} has voxels of {volume.spacing_um} um (z, y, x); are they nm?", stacklevel=3)
+    elif volume.spacing_um and volume.spacing_um[0] < _FINE * min(volume.spacing_um[1:]):
+        said = (
+            f"{path.name} has voxels of {volume.spacing_um} um (z, y, x), finer from slice to slice than in the plane;"
+        )
+        warnings.warn(f"{said} is that their order?", stacklevel=3)
     if volume.spacing_um is None:
         warnings.warn(
             f"{path.name} states no voxel size: everything is in voxels; --spacing Z,Y,X gives um.",
@@ -53,13 +60,13 @@ def open_mask(path: Path | None):
 
 
 def read_trees(predicted: Path, gold: Path, predicted_unit, gold_unit, spacing: str | None) -> tuple[NeuronTree, ...]:
-    """Both trees; a voxel size given on the command line goes to those that do not know theirs."""
+    """Both trees, with the voxel size that is given on the command line, else their own."""
     trees = (
         read_swc(predicted, unit=unit_of(predicted_unit, "--predicted-unit")),
         read_swc(gold, unit=unit_of(gold_unit, "--gold-unit")),
     )
     size = triple(spacing, "--spacing")
-    return tuple(replace(tree, spacing_um=tree.spacing_um or size) for tree in trees)
+    return tuple(replace(tree, spacing_um=size or tree.spacing_um) for tree in trees)
 
 
 def refuse_mixed_units(trees: dict[Path, NeuronTree]) -> None:
@@ -228,6 +235,12 @@ def to_unit(tree: NeuronTree, unit: str | None, spacing: str | None) -> NeuronTr
         raise ValueError("The SWC does not say its unit: add --unit um or --unit voxel.")
     if unit not in (tree.unit, None) and not (size or tree.spacing_um):
         raise ValueError(f"From {tree.unit} to {unit} it takes the voxel size: add --spacing Z,Y,X.")
+    other = size and tree.spacing_um and not all(map(partial(math.isclose, rel_tol=1e-3), size, tree.spacing_um))
+    if other and tree.unit == "um" and unit in ("um", None):
+        raise ValueError(
+            f"The SWC is in um and states voxels of {tree.spacing_um} um (z, y, x), not {size}. If those were wrong, "
+            "write it in voxels first (--swc-unit voxel), then in um with --spacing."
+        )
     return tree.to(unit or tree.unit, size)
 
 

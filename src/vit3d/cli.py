@@ -431,12 +431,16 @@ def measure(
         float | None, typer.Option(help="Distance of Sholl spheres; one column of crossings per sphere.")
     ] = None,
 ):
-    """Length, tips, branch points, order, Strahler number, volume, Sholl: one CSV row per SWC."""
+    """Length, tips, branch points, order, Strahler number, volume, Sholl: one CSV row per SWC.
+
+    In um where the SWC is, or states the size of its voxels.
+    """
     from .morphometry import measure as run
     from .morphometry import sholl
     from .tree import read_swc
 
     trees = {path: read_swc(path, unit=unit_of(unit, "--unit")) for path in swcs}
+    trees = {path: tree.to("um") if tree.spacing_um and tree.unit else tree for path, tree in trees.items()}
     refuse_mixed_units(trees)
     rows = []
     for path, tree in trees.items():

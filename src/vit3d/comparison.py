@@ -11,6 +11,8 @@ from .scoring import score_trees
 from .tree import NeuronTree
 from .volume import Volume
 
+_APART = 0.05  # F1 that trees of one neuron do not fall to
+
 
 def compare(
     name: str, predicted: NeuronTree, gold: NeuronTree, threshold: float, volume: Volume | None = None
@@ -20,8 +22,10 @@ def compare(
     There `precision_of_traced` leaves out what the prediction follows of bright structure that no gold covers.
     """
     rows = [{"name": name, **score_trees(predicted, gold, threshold=threshold)}]
-    if len(predicted) and rows[0]["f1"] == 0:
-        warnings.warn(f"{name}: the trees have no place in common; do their units and the spacing fit?", stacklevel=2)
+    if len(predicted) and rows[0]["f1"] < _APART:
+        warnings.warn(
+            f"{name}: the trees have hardly a place in common; do their units and the spacing fit?", stacklevel=2
+        )
     if volume is None:
         return rows
     polarity = measure(volume.voxels).polarity

@@ -247,8 +247,13 @@ def score_masks(predicted, gold, *, evaluate=None, spacing_um: tuple[float, ...]
     Both are first cut to the mask `evaluate`. dice, iou, precision, recall; cldice: harmonic mean of the
     shares of each skeleton inside the other mask (Shit et al. 2021); hd95_vox: the larger directed 95th
     percentile of distances between surface voxels, and hd95_um with a spacing (a Volume brings its own).
-    Both empty: 1 and distance 0; one empty: 0 and inf. ValueError: shapes differ, a mask is a probability.
+    Both empty: 1 and distance 0; one empty: 0 and inf. ValueError: shapes or spacings differ, a mask is a probability.
     """
+    stated = [mask.spacing_um for mask in (predicted, gold) if getattr(mask, "spacing_um", None)]
+    if not spacing_um and len(stated) == 2 and not np.allclose(*stated, rtol=1e-3):
+        raise ValueError(
+            f"masks must have one spacing; predicted and gold have {stated[0]} and {stated[1]} um (z, y, x)."
+        )
     spacing_um = spacing_um or getattr(gold, "spacing_um", None) or getattr(predicted, "spacing_um", None)
     predicted, gold = _mask(predicted, "predicted"), _mask(gold, "gold")
     inside = np.ones(gold.shape, bool) if evaluate is None else _mask(evaluate, "evaluate")

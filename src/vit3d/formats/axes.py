@@ -7,6 +7,7 @@ SpacingUm = tuple[float, float, float]
 
 UM_PER_UNIT = {
     **dict.fromkeys(("um", "µm", "μm", "\\u00B5m", "\\u03BCm", "micron", "microns", "micrometer"), 1.0),
+    **dict.fromkeys(("micrometers", "micrometre", "micrometres"), 1.0),
     **{"pm": 1e-6, "Å": 1e-4, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6},
     **{"picometer": 1e-6, "angstrom": 1e-4, "nanometer": 1e-3, "millimeter": 1e3, "centimeter": 1e4, "meter": 1e6},
 }
@@ -20,9 +21,15 @@ def checked_spacing(spacing_um) -> SpacingUm:
     return spacing
 
 
+def _um_per(unit: str | None) -> float:
+    """0 where the unit is no length. Words may be written large; "Mm" is no "mm"."""
+    word = str(unit).lower()
+    return UM_PER_UNIT.get(unit, UM_PER_UNIT.get(word, 0.0) if len(word) > 3 else 0.0)
+
+
 def spacing_of(steps, units) -> SpacingUm | None:
     """Steps (z, y, x), each in its unit, as um; None where a unit is no length or a step no distance."""
-    in_um = [float(step) * UM_PER_UNIT.get(unit, 0) for step, unit in zip(steps, units, strict=True)]
+    in_um = [float(step) * _um_per(unit) for step, unit in zip(steps, units, strict=True)]
     spacing = tuple(float(f"{step:.9g}") for step in in_um)  # a rational 1/0.33 reads as 0.33
     return spacing if all(math.isfinite(step) and step > 0 for step in spacing) else None
 

@@ -179,7 +179,8 @@ def _stated_spacing(tiff: tifffile.TiffFile) -> SpacingUm | None:
         per_pixel = [tags.valueof(f"{axis}Resolution", default=(0, 1)) for axis in "YX"]
         steps = [abs(float(tiff.imagej_metadata.get("spacing", 1)))]
         steps += [length / pixels if pixels else math.inf for pixels, length in per_pixel]
-        units = [str(tiff.imagej_metadata.get("unit", ""))] * 3
+        unit = tiff.imagej_metadata.get("unit", "")
+        units = [str(tiff.imagej_metadata.get(f"{axis}unit", unit)) for axis in "zyx"]
     else:
         return None
     return spacing_of(steps, units)
