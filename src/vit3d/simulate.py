@@ -144,7 +144,7 @@ def random_neuron(seed: int, shape: Shape = (64, 256, 256)) -> tuple[Volume, Neu
     spacing_um = (in_plane_um * _log_uniform(rng, 1.0, 5.0), in_plane_um, in_plane_um)
     polarity = "dark" if rng.random() < 0.15 else "bright"
     style, microscope = Style.random(rng, spacing_um), Microscope.random(rng, spacing_um)
-    if rng.random() < 0.15:
+    if rng.random() < 0.2:
         style = style.thicker(rng, spacing_um)
         microscope = replace(microscope, membrane=rng.uniform(0.5, 1.0))
     if rng.random() < (0.6 if polarity == "dark" else 0.2):  # transmitted light has no pinhole

@@ -30,11 +30,11 @@ class Augmentation:
     blur: float = 0.15
     drop_slices: float = 0.1
     polarity: float = 0.1
-    crowd: float = 0.1
+    crowd: float = 0.2
     stripes: float = 0.1
     texture: float = 0.1
     speckle: float = 0.1
-    sharpen: float = 0.1
+    sharpen: float = 0.15
 
     def __post_init__(self):
         for field in fields(self):
