@@ -175,8 +175,8 @@ def test_a_stack_becomes_a_tree_a_probability_a_review_and_a_picture(vit3d, tmp_
     assert probability.voxels[2].max() < 0.1
     assert (out / "a.png").read_bytes().startswith(b"\x89PNG")
     header, row = printed.splitlines()
-    assert header.split() == ["name", "nodes", "trees", "cable_um", "tips", "branch_points", "review"]
-    assert row.split()[:3] == ["a", str(len(tree)), "1"]
+    assert header.split() == ["name", "nodes", "trees", "cable_um", "tips", "branch_points", "neurites", "review"]
+    assert (row.split()[:3], row.split()[-2]) == (["a", str(len(tree)), "1"], "bright")
     assert len((out / "a_review.csv").read_text().splitlines()) == 1 + int(row.split()[-1])
 
 
@@ -200,7 +200,8 @@ def test_dark_neurites_give_the_same_tree_told_or_found_out(vit3d, tmp_path):
     vit3d("reconstruct", written(tmp_path / "a.tif"), "--out", tmp_path)
     dark = written(tmp_path / "dark.tif", 255 - y_stack())
     vit3d("reconstruct", dark, "--out", tmp_path / "told", "--polarity", "dark")
-    vit3d("reconstruct", dark, "--out", tmp_path / "found")
+    _, printed, _ = vit3d("reconstruct", dark, "--out", tmp_path / "found")
+    assert printed.split()[-2] == "dark"
     bright, told, found = (read_swc(tmp_path / name) for name in ("a.swc", "told/dark.swc", "found/dark.swc"))
     assert_equal_trees(bright, told, threshold=0.5)
     assert_equal_trees(bright, found, threshold=0.5)

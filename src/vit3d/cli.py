@@ -193,7 +193,8 @@ def reconstruct(
             if result is None:
                 continue  # another process traces and writes it
             result.write(out, name, unit, forest=forest)
-            rows.append({"name": name, **summary(result.tree), "review": len(result.reviews)})
+            told = {"neurites": result.polarity, "review": len(result.reviews)}
+            rows.append({"name": name, **summary(result.tree), **told})
         except (ValueError, OSError, MemoryError) as error:
             if len(stacks) == 1 and path == stack:
                 raise
