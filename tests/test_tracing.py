@@ -590,6 +590,17 @@ def test_intensities_from_0_to_1_are_told_from_a_probability():
     np.testing.assert_allclose(found.points, expected.points, atol=1e-3)
 
 
+def test_ids_of_several_neurons_are_told_from_grey_levels():
+    one, other = (paint(polyline(np.linspace((8, y, 6), (8, y, 58), 53), 2.0), (16, 48, 64)) for y in (14, 34))
+    with pytest.warns(UserWarning, match="ids of several neurons"):
+        trace(Volume((one + 40 * other).astype(np.uint16)), forest=True)
+    noise = np.random.default_rng(0).normal(0, 8, one.shape) * (one | other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trace(Volume(np.clip(60 * one + 200 * other + noise, 0, 255).astype(np.uint8)), forest=True)
+        trace(Volume((one + 40 * other).astype(np.uint16)), forest=True, threshold=0)
+
+
 def test_shot_noise_on_an_intensity_adds_hardly_any_cable():
     rng = np.random.default_rng(0)
     mask = paint(y_tree(), (32, 64, 80))

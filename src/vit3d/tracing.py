@@ -14,6 +14,7 @@ from vit3d.centerlines.foreground import (
     find_level,
     intensity_threshold,
     seems_intensity,
+    seems_labels,
     smoothed,
 )
 from vit3d.centerlines.joining import join_fragments
@@ -31,6 +32,9 @@ _RIVAL = 0.05  # a tree with less than this share of the longest one's cable is 
 _SEEMS_INTENSITY = (
     "The voxels lie from 0 to 1 and are taken for a probability, but few of those that are not dark lie above 0.5: "
     "if they are intensities, say so with `threshold='intensity'` (--threshold intensity)."
+)
+_SEEMS_LABELS = (
+    "The voxels look like ids of several neurons, and are taken for grey levels: trace a mask of the one that you mean."
 )
 _CLOSE_RIVAL = 0.5  # share of the cable kept from which on what is left out deserves a word
 _WEAK = 0.6  # a weak spot has less than this share of the tree's median confidence
@@ -139,6 +143,8 @@ def with_level(volume: Volume, threshold: float | str | Level) -> tuple[Volume, 
     level = find_level(volume.voxels, threshold)
     if threshold == "auto" and level.is_probability and seems_intensity(volume.voxels):
         warnings.warn(_SEEMS_INTENSITY, stacklevel=4)
+    if threshold == "auto" and not level.is_probability and seems_labels(volume.voxels):
+        warnings.warn(_SEEMS_LABELS, stacklevel=4)
     if threshold in ("auto", "intensity") and not level.is_probability:
         volume = smoothed(volume)
         level = replace(level, threshold=intensity_threshold(volume.voxels))

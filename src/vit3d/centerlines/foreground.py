@@ -16,6 +16,7 @@ _NOISE_LEVELS = 5.0  # standard deviations of the background that no neurite hid
 _SLAB_VOXELS = 1 << 18
 _PIECE = (64, 256, 256)  # read at once from disk; reading and blurring repeat work at the edges of pieces
 _SAMPLE_VOXELS = 1 << 22
+_PLANES, _ALIKE = 16, 0.96  # looked at for ids, and share of neighbours that are then the same
 _SURE = 0.25  # share of the voxels above 0.1 of a probability that lies above 0.5, at least
 _BLUR_VOXELS = 0.7  # along the finest axis: removes shot noise, leaves neurites of a voxel's width
 _TRUNCATE = 3.0
@@ -347,6 +348,21 @@ def seems_intensity(voxels: np.ndarray) -> bool:
         return False
     values = _sample(voxels)
     return bool((values > 0.5).sum() < _SURE * (values > 0.1).sum())
+
+
+def seems_labels(voxels: np.ndarray) -> bool:
+    """Whether integers look like ids of neurons on a background of 0: side by side, hardly two of them differ.
+
+    What lies on disk is not read for it.
+    """
+    if voxels.dtype.kind not in "ui" or isinstance(voxels, LazyVoxels):
+        return False
+    planes = np.asarray(voxels[:: max(1, voxels.shape[0] // _PLANES)])
+    both = (planes[..., :-1] > 0) & (planes[..., 1:] > 0)
+    ids = planes[..., :-1][both]
+    if np.count_nonzero(planes) > planes.size / 2 or not len(ids) or ids.min() == ids.max():
+        return False
+    return bool((ids == planes[..., 1:][both]).mean() > _ALIKE)
 
 
 def _sample(voxels) -> np.ndarray:
