@@ -263,9 +263,9 @@ def find_level(voxels: np.ndarray, threshold: float | str | Level = "auto") -> L
 
     Raises ValueError for NaN or infinite voxels.
     """
-    low, high = _value_range(voxels)
     if isinstance(threshold, Level):
         return threshold
+    low, high = _value_range(voxels)
     is_probability = low >= 0 and high <= 1 and threshold != "intensity"
     if threshold not in ("auto", "intensity"):
         return Level(float(threshold), is_probability, min(low, 0.0))

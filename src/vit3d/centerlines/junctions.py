@@ -41,10 +41,11 @@ def place_junctions(skeleton: NeuronTree, starts: np.ndarray, foreground: Foregr
     moved, left_out = np.arange(count), np.zeros(count, bool)
     led = []  # (first free row, the row of its parent that it leaves from, control point) of some branches each
     for few in np.split(starts, range(_AT_ONCE, len(starts), _AT_ONCE)):
-        branch, trunk = np.empty((len(few), 4), np.int64), np.empty(len(few) * (2 * int(reach.max()) + 1), np.int64)
-        branch = branch[: _free(few, *tree, _FREE_STEPS * step, parents, moved, left_out, branch, trunk)]
-        if len(branch):
-            led.append(_best_ways(branch, trunk[: branch[-1, 3]], points, radii, foreground))
+        branch, trunk = np.empty((4, len(few)), np.int64), np.empty(len(few) * (2 * int(reach.max()) + 1), np.int64)
+        found = _free(few, *tree, _FREE_STEPS * step, parents, moved, left_out, branch, trunk)
+        if found:
+            branch = np.ascontiguousarray(branch[:, :found])
+            led.append(_best_ways(branch, trunk[: branch[3, -1]], points, radii, foreground))
     if not led:
         return skeleton
     rows, forks, controls = map(np.concatenate, zip(*led, strict=True))
@@ -59,18 +60,17 @@ def _best_ways(branch: np.ndarray, trunk: np.ndarray, points, radii, foreground)
     """Of B branches: their first free rows (B,), the rows of their parents that they leave from (B,), and the control
     points of the curves in between (B, 3). branch, trunk: as `_free` fills them."""
     step = foreground.round_step.min()
-    free, hook, stop, end = branch.T
+    free, hook, stop, end = branch
     ahead = np.minimum(stop - free, (_AIM_STEPS + radii[hook] / step).astype(int))
     direction, centre, usual = _directions(free, ahead, points, radii)
-    of = np.repeat(np.arange(len(branch)), np.diff(end, prepend=0))  # the branch of each node of a trunk
+    of = np.repeat(np.arange(len(free)), np.diff(end, prepend=0))  # the branch of each node of a trunk
     across = points[trunk] - centre[of]
     forward = (across * direction[of]).sum(1)
     beside = np.sqrt(np.maximum((across**2).sum(1) - forward**2, 0))
     length = np.linalg.norm(points[trunk] - points[free[of]], axis=1)
     cost = (beside / (_SIDE_STEPS * step + _SIDE_TURN * length)) ** 2 + _BEHIND * (forward <= 0)
     control = points[free[of]] + _CURVE * length[:, None] * direction[of]
-    control = np.clip(control, 0, (np.array(foreground.shape) - 1) * foreground.round_step)  # so is all of the curve
-    best = np.empty(len(branch), np.int64)  # place in `trunk`
+    best = np.empty(len(free), np.int64)  # place in `trunk`
     inside = (step, foreground.round_step, foreground.linear, np.array(foreground.shape))
     inside += (foreground.neighbours, foreground.depth)
     _choose(end, cost, trunk, points[free], control, usual, points, radii, *inside, best)
@@ -101,8 +101,8 @@ def _draw(skeleton: NeuronTree, rows: np.ndarray, controls: np.ndarray, step: fl
     u = ((place + 1) / (number[way] + 1))[:, None]
     curve = (1 - u) ** 2 * end[way] + 2 * u * (1 - u) * controls[way] + u**2 * start[way]
     new, like = len(skeleton) + np.arange(len(way)), rows[way]
-    above = parents.copy()
-    above[like] = new  # the last of each way remains
+    above, drawn = parents.copy(), number > 0
+    above[rows[drawn]] = len(skeleton) + np.cumsum(number)[drawn] - 1
     return replace(
         skeleton,
         points=np.concatenate([points, curve]),
@@ -117,9 +117,9 @@ def _draw(skeleton: NeuronTree, rows: np.ndarray, controls: np.ndarray, step: fl
 def _free(starts, points, radii, reach, stop_of, margin, parents, moved, left_out, branch, trunk):
     """Free every branch: what it has inside its parent is `left_out`, its nodes are `moved` to the first free one.
 
-    Of each that is long enough to have a direction, into `branch`: its first free row, the row of the parent that it
-    was hooked on, the row after its last that counts, and up to where the nodes of its parent fill `trunk`. Returns
-    how many there are.
+    Of each that is long enough to have a direction, into a column of `branch`: its first free row, the row of the
+    parent that it was hooked on, the row after its last that counts, and up to where the nodes of its parent fill
+    `trunk`. Returns how many there are.
     """
     found, size = np.int64(0), np.int64(0)
     for first in starts:
@@ -138,7 +138,7 @@ def _free(starts, points, radii, reach, stop_of, margin, parents, moved, left_ou
             left_out[i] = True
             moved[i] = row
         parents[row] = hook
-        branch[found, 0], branch[found, 1], branch[found, 2], branch[found, 3] = row, hook, stop, end
+        branch[0, found], branch[1, found], branch[2, found], branch[3, found] = row, hook, stop, end
         size = end
         found += 1
     return found
@@ -226,7 +226,10 @@ def _choose(  # noqa: C901 (each function more takes numba a tenth of a second)
 
 @inlined
 def _depth_at(z, y, x, linear, shape, neighbours, depth):
-    """Depth at a point in voxels, inside the volume, interpolated; 0 out of the foreground."""
+    """Depth at a point in voxels, interpolated; 0 out of the foreground, and beyond the volume as at its border."""
+    z = min(max(z, 0.0), shape[0] - 1.0)
+    y = min(max(y, 0.0), shape[1] - 1.0)
+    x = min(max(x, 0.0), shape[2] - 1.0)
     nz, ny, nx = int(z + 0.5), int(y + 0.5), int(x + 0.5)
     place = (nz * shape[1] + ny) * shape[2] + nx
     low, high = 0, linear.shape[0] - 1
