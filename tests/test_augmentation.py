@@ -120,6 +120,17 @@ def test_without_variation_a_crop_is_the_stack_as_the_processor_shows_it():
     assert_allclose(seen, processor.pixel_values(stack.voxels, stack.statistics), atol=1e-4)
 
 
+@pytest.mark.parametrize("dark", [False, True])
+def test_what_was_never_imaged_stays_background_in_every_other_microscope(dark):
+    stack = fibre(2.0, dark=dark)
+    voxels = np.pad(stack.voxels.astype(np.uint16) + 500, ((0, 0), (6, 0), (0, 0)))
+    framed = Stack(voxels, np.pad(stack.neurite, ((0, 0), (6, 0), (0, 0))), measure(voxels))
+    assert framed.statistics.fill == 0
+    shown = ViT3DImageProcessor(image_mean=0.0, image_std=1.0).pixel_values(*varied(framed, NOTHING))
+    assert not shown.squeeze()[:, :6].any()
+    assert abs(light_of(framed, Augmentation.none(polarity=1.0, expose=1.0))[:, :6]).max() < 0.1
+
+
 def test_a_probability_is_one():
     with pytest.raises(ValueError, match=r"`blur` is a probability, from 0 to 1; got 1\.5"):
         Augmentation(blur=1.5)

@@ -230,6 +230,9 @@ def test_voxels_that_were_never_imaged_count_as_background(polarity, frame):
     assert found.bright == pytest.approx(expected.bright, rel=0.1)
     assert not normalize(np.zeros((2, 2, 2), np.uint16), found).any()
     assert not normalize(np.zeros((2, 2, 2), np.float32), found).any()
+    shown = frame(plain.copy())
+    assert foreground(shown, found)[shown == 0].mean() < 0.01
+    assert foreground(shown, found).mean() < 1.5 * foreground(plain, expected).mean()
 
 
 @pytest.mark.parametrize("polarity", ["bright", "dark"])

@@ -124,6 +124,8 @@ def vary_intensity(
     """
     light = (voxels.astype(np.float32) - np.float32(statistics.background)) * np.float32(statistics.sign)
     light /= np.float32(statistics.contrast)
+    if statistics.fill is not None:
+        light[voxels == statistics.fill] = 0
     light = _with_artefacts(light, rng, augmentation)
     if rng.random() < augmentation.blur:
         width = rng.uniform(0.4, 1.2)
@@ -152,6 +154,7 @@ def vary_intensity(
         bright=sign * (ground + full * exposure),
         noise=statistics.noise / statistics.contrast,
         polarity="dark" if dark else "bright",
+        fill=None,
     )
 
 

@@ -1,5 +1,6 @@
 """Whole neurons during training, as a user would run them: segment, trace, score against the aligned gold."""
 
+import warnings
 from math import isfinite
 from pathlib import Path
 
@@ -39,7 +40,9 @@ class Validator:
         for row, gold in self.cases:
             volume = read_stack(row, self.spacing_um)
             try:
-                tree = reconstruct(model, volume, processor=processor).tree
+                with warnings.catch_warnings():  # of what a network finds that has not learned it yet
+                    warnings.simplefilter("ignore", UserWarning)
+                    tree = reconstruct(model, volume, processor=processor).tree
             except ValueError as error:
                 raise ValueError(f"{checkpoint} cannot be validated on {row['name']}: {error}") from error
             found.append(metric.row(row["name"], tree.to("voxel", volume.spacing_um or (1.0, 1.0, 1.0)), gold))

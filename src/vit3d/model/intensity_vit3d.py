@@ -164,6 +164,9 @@ def foreground(voxels, statistics: IntensityStatistics) -> np.ndarray:
     shape, sign = np.shape(voxels), statistics.sign
     if not statistics.sure:
         return np.ones(shape, dtype=bool)
+    if statistics.fill is not None:
+        voxels = np.asarray(voxels)
+        voxels = np.where(voxels == statistics.fill, voxels.dtype.type(statistics.background), voxels)
     ground = _ground(_cell_means(voxels), sign, statistics.ceiling)
     extremes = _cell_extremes(voxels, np.minimum if sign < 0 else np.maximum)
     rise = (extremes - ground) * sign + 1e-6 * np.abs(extremes).max()  # what rounding in the blur may add
@@ -486,5 +489,5 @@ def _normalize(voxels, statistics: IntensityStatistics, mean: float, std: float)
     scale = np.float32(statistics.sign / abs(statistics.bright - statistics.background))
     values = (np.asarray(voxels, dtype=np.float32) - np.float32(statistics.background)) * scale
     if statistics.fill is not None:
-        values[voxels == statistics.fill] = 0
+        values = np.where(voxels == statistics.fill, np.float32(0), values)
     return (np.clip(values, 0.0, 1.0) ** np.float32(DISPLAY_GAMMA) - np.float32(mean)) / np.float32(std)

@@ -82,7 +82,7 @@ class NeuronSegmentationPipeline(Pipeline):
         if trace and vit3d is None:
             raise ValueError("A tree needs vit3d itself: pip install vit3d-neuron, or leave `trace` out.")
         if vit3d is not None:
-            found["tree"] = vit3d.trace(vit3d.Volume(probability, outputs["spacing_um"]))
+            found["tree"] = vit3d.trace(vit3d.Volume(probability, outputs["spacing_um"]), threshold=0.5)
             found["swc"] = _swc_text(found["tree"], vit3d.write_swc)
         return found
 
