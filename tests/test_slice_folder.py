@@ -102,16 +102,29 @@ def test_slices_of_several_channels_times_or_neurons_are_no_stack(tmp_path, name
     folder = slices(tmp_path / "a", noise())
     for path in list(folder.iterdir()):
         path.rename(folder / name(int(path.stem[1:])))
-    with pytest.raises(ValueError, match="do not differ in their slice number alone"):
+    with pytest.raises(ValueError, match="are not two slices of one"):
         open_volume(folder)
 
 
-def test_the_time_at_which_each_slice_was_taken_may_stand_behind_its_number(tmp_path):
+ORDINARY = {
+    "a time behind the number": lambda z: f"z{z}_at{z * 7 % 5}s.tif",
+    "a time before the number": lambda z: f"2021-03-01_12-{z // 5:02d}-{z * 12 % 60:02d}_z{z:03d}.tif",
+    "depth in um": lambda z: f"scan_z{z * 0.3:.2f}um.tif",
+    "depth and number": lambda z: f"pos_{z * 0.3:.1f}_{z}.tif",
+    "copies": lambda z: f"img ({z}).tif" if z else "img.tif",
+    "letters": lambda z: f"slice{'abcdefghijkl'[z]}.tif",
+    "one redone": lambda z: f"z{z:02d}{'_redo' if z == 2 else ''}.tif",
+}
+
+
+@pytest.mark.parametrize("name", ORDINARY.values(), ids=ORDINARY.keys())
+def test_what_else_stands_in_the_names_of_slices_does_no_harm(tmp_path, name):
     folder = slices(tmp_path / "a", noise())
     for path in list(folder.iterdir()):
-        z = int(path.stem[1:])
-        path.rename(folder / f"z{z}_at{z * 7 % 5}s.tif")
-    assert (read_volume(folder).voxels == noise()).all()
+        path.rename(folder / name(int(path.stem[1:])))
+    assert read_volume(folder).shape == noise().shape
+    if name is not ORDINARY["copies"]:
+        assert (read_volume(folder).voxels == noise()).all()
 
 
 def test_numbers_may_have_any_step(tmp_path):

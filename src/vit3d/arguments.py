@@ -13,7 +13,6 @@ from .volume import SUFFIXES, Volume, is_stack, loaded, open_volume, read_volume
 SWC_SUFFIXES = (".swc", ".eswc")
 Box = tuple[slice, slice, slice]
 
-_FINE = 0.8  # a slice is hardly ever thinner than this times a voxel's side
 _LARGE_UM = 100.0  # no light microscope samples a neuron this coarsely
 _SMALLEST_SHAPE = (8, 32, 32)
 
@@ -42,11 +41,8 @@ def open_stack(
 def notice_spacing(path: Path, volume: Volume) -> None:
     if volume.spacing_um and max(volume.spacing_um) > _LARGE_UM:
         warnings.warn(f"{path.name} has voxels of {volume.spacing_um} um (z, y, x); are they nm?", stacklevel=3)
-    elif volume.spacing_um and volume.spacing_um[0] < _FINE * min(volume.spacing_um[1:]):
-        said = (
-            f"{path.name} has voxels of {volume.spacing_um} um (z, y, x), finer from slice to slice than in the plane;"
-        )
-        warnings.warn(f"{said} is that their order?", stacklevel=3)
+    elif volume.spacing_um and volume.spacing_um[2] > volume.spacing_um[1] == volume.spacing_um[0]:
+        warnings.warn(f"{path.name} has voxels of {volume.spacing_um} um; are these z, y and x?", stacklevel=3)
     if volume.spacing_um is None:
         warnings.warn(
             f"{path.name} states no voxel size: everything is in voxels; --spacing Z,Y,X gives um.",

@@ -434,14 +434,15 @@ def measure(
 ):
     """Length, tips, branch points, order, Strahler number, volume, Sholl: one CSV row per SWC.
 
-    In um where the SWC is, or states the size of its voxels.
+    In um, the distance of Sholl spheres too, where every SWC is or states the size of its voxels.
     """
     from .morphometry import measure as run
     from .morphometry import sholl
     from .tree import read_swc
 
     trees = {path: read_swc(path, unit=unit_of(unit, "--unit")) for path in swcs}
-    trees = {path: tree.to("um") if tree.spacing_um and tree.unit else tree for path, tree in trees.items()}
+    if all(tree.unit == "um" or (tree.unit and tree.spacing_um) for tree in trees.values()):
+        trees = {path: tree.to("um") for path, tree in trees.items()}
     refuse_mixed_units(trees)
     rows = []
     for path, tree in trees.items():

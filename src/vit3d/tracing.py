@@ -254,7 +254,7 @@ def _warn_of_rivals(tree: NeuronTree, left_out: list[Review], root) -> None:
         unit = tree.unit if tree.unit == "um" else "voxels"
         warnings.warn(
             f"A tree of {left_out[0].length:.0f} {unit} was left out beside the one of {kept:.0f} that was kept: "
-            "`root` (--root) takes another, `forest` (--forest) keeps all.",
+            "--forest keeps all, and `vit3d trace --root` takes another.",
             stacklevel=4,
         )
 

@@ -11,6 +11,7 @@ from PIL import Image
 from .axes import stack_index
 from .lazy_voxels import Box, LazyVoxels, check_declared, damage_reported
 
+_PROJECTIONS = ("MAX_", "MIN_", "AVG_", "SUM_", "STD_", "MED_")  # as Fiji names what it makes of a stack
 _SUFFIXES = (".tif", ".tiff", ".png")
 _NO_COMPANY = (".swc", ".eswc", ".zarr", ".v3draw", ".v3dpbd", ".lsm", ".btf", ".tf8")
 
@@ -82,33 +83,37 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _check_numbers(files: list[Path]) -> None:
-    """ValueError where the first number in which the slices' names differ does not count them, or leaves a gap.
+    """ValueError where the slices' names show that they are no stack.
 
-    Numbers after it may differ as well, such as the time at which each was taken.
+    A projection lies among them; all numbers in which they differ repeat, as those of slices of several channels, times
+    or neurons do; or they differ in one number, and that leaves a gap.
     """
-    names = [re.split(r"(\d+)", file.stem) for file in files]
-    for file, words in zip(files, names, strict=True):
-        if words[::2] != names[0][::2]:
-            raise _other_names(files[0], file)
-    differing = [at for at, words in enumerate(zip(*names, strict=True)) if len(set(words)) > 1]
-    if not differing:
+    projected = [file for file in files if file.name.startswith(_PROJECTIONS)]
+    if 0 < len(projected) < len(files):
+        raise _several(projected[0], next(file for file in files if file not in projected))
+    names = [re.split(r"(\d+(?:\.\d+)?)", file.stem) for file in files]
+    if len({len(words) for words in names}) > 1:
         return
-    numbers = [int(words[differing[0]]) for words in names]
-    if len(set(numbers)) < len(numbers):
-        repeated = next(at for at in range(1, len(numbers)) if numbers[at] in numbers[:at])
-        raise _other_names(files[numbers.index(numbers[repeated])], files[repeated])
-    steps = np.diff(numbers)
-    if (steps != steps.min()).any():
-        at = int(np.flatnonzero(steps != steps.min())[0])
+    fields = [[float(number) for number in column] for column in list(zip(*names, strict=True))[1::2]]
+    fields = [numbers for numbers in fields if len(set(numbers)) > 1]
+    if fields and all(len(set(numbers)) < len(numbers) for numbers in fields):
+        numbers = max(fields, key=lambda numbers: len(set(numbers)))  # that of the slice
+        again = next(at for at in range(1, len(files)) if numbers[at] in numbers[:at])
+        raise _several(files[numbers.index(numbers[again])], files[again])
+    if len(fields) != 1 or len({tuple(words[::2]) for words in names}) > 1:
+        return
+    steps = np.diff(fields[0])
+    if not np.allclose(steps, steps.min(), rtol=0.01):
+        at = int(np.flatnonzero(~np.isclose(steps, steps.min(), rtol=0.01))[0])
         raise ValueError(
             f"{files[0].parent} lacks slices: after {files[at].name} comes {files[at + 1].name}; "
             "restore or rename them."
         )
 
 
-def _other_names(one: Path, other: Path) -> ValueError:
+def _several(one: Path, other: Path) -> ValueError:
     return ValueError(
-        f"{one.parent} is no stack: {one.name} and {other.name} do not differ in their slice number alone; keep the "
+        f"{one.parent} is no stack: by their names {one.name} and {other.name} are not two slices of one; keep the "
         "slices of one channel, time point and neuron in a folder."
     )
 

@@ -83,11 +83,18 @@ def _voxels(path: Path, tiff: tifffile.TiffFile, channel: int | None, time: int 
 
 
 def _refuse_several(path: Path, tiff: tifffile.TiffFile) -> None:
-    """ValueError where another series has slices as large as the first one's: no preview, which would be smaller."""
-    sides = [(size.get("Y"), size.get("X")) for size in (dict(zip(s.axes, s.shape, strict=True)) for s in tiff.series)]
-    if sides.count(sides[0]) > 1:
-        shapes = ", ".join(" x ".join(map(str, series.shape)) for series in tiff.series)
-        raise ValueError(f"{path} holds several stacks ({shapes}); save the one that you mean as a file of its own.")
+    """ValueError where another series has slices as large as the first one's: no preview, which is smaller or says so.
+
+    OME lists the positions of an acquisition that lie in other files beside this one, too.
+    """
+    stacks = [series for series in tiff.series if not series.keyframe.is_reduced]
+    sides = [(size.get("Y"), size.get("X")) for size in (dict(zip(s.axes, s.shape, strict=True)) for s in stacks)]
+    if len(sides) > 1 and sides.count(sides[0]) > 1:
+        shapes = ", ".join(" x ".join(map(str, series.shape)) for series in stacks)
+        raise ValueError(
+            f"{path} holds several stacks ({shapes}), or belongs to an acquisition of several; save the one that you "
+            "mean as a file, or move it to a folder, of its own."
+        )
 
 
 def write_tiff(voxels: np.ndarray, path: Path, spacing_um: SpacingUm | None) -> None:
@@ -180,7 +187,8 @@ def _stated_spacing(tiff: tifffile.TiffFile) -> SpacingUm | None:
         steps = [abs(float(tiff.imagej_metadata.get("spacing", 1)))]
         steps += [length / pixels if pixels else math.inf for pixels, length in per_pixel]
         unit = tiff.imagej_metadata.get("unit", "")
-        units = [str(tiff.imagej_metadata.get(f"{axis}unit", unit)) for axis in "zyx"]
+        own = [str(tiff.imagej_metadata.get(f"{axis}unit", unit)) for axis in "zyx"]
+        units = [other if spacing_of([1], [other]) else str(unit) for other in own]
     else:
         return None
     return spacing_of(steps, units)
