@@ -639,6 +639,8 @@ def _warn(message, category, *_) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """The `vit3d` command: one sentence and exit status 2 for what a person can mend, no traceback."""
     warnings.showwarning = _warn
+    if (sys.argv[1:] if arguments is None else arguments)[:1] != ["train"]:  # which has the machine to itself
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait block another program
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
