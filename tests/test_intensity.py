@@ -228,6 +228,7 @@ def test_voxels_that_were_never_imaged_count_as_background(polarity, frame):
     assert expected.fill is None
     assert found.background == pytest.approx(expected.background, abs=4)
     assert found.bright == pytest.approx(expected.bright, rel=0.1)
+    assert found.noise == pytest.approx(expected.noise, rel=0.2)
     assert not normalize(np.zeros((2, 2, 2), np.uint16), found).any()
     assert not normalize(np.zeros((2, 2, 2), np.float32), found).any()
     shown = frame(plain.copy())

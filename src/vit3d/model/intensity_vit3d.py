@@ -91,11 +91,16 @@ def measure(voxels, polarity: str = "auto") -> IntensityStatistics:
     check_polarity(polarity)
     slabs = _sample(voxels)
     fill, middle = _fill(slabs)
-    slabs = slabs if fill is None else [_without_fill(slab, fill, middle) for slab in slabs]
     thin = 1 if slabs[0].size < _SAMPLE_VOXELS // 8 else 3  # blurred neighbours say the same: one in three will do
+    imaged = slice(None)  # of the sample
+    if fill is not None:
+        filled = [_filled(slab, fill) for slab in slabs]
+        imaged = ~np.concatenate([part.reshape(-1)[::thin] for part in filled])
+        imaged = imaged if imaged.any() else slice(None)
+        slabs = [np.where(f, slab.dtype.type(middle), slab) for f, slab in zip(filled, slabs, strict=True)]
     blurred = [blur(slab) for slab in slabs]
     means = [_cell_means(slab) for slab in slabs]
-    sample = np.concatenate([part.reshape(-1)[::thin] for part in blurred])
+    sample = np.concatenate([part.reshape(-1)[::thin] for part in blurred])[imaged]
     background = _median(sample)
     sample -= background
     spread = _spread(sample)
@@ -103,7 +108,7 @@ def measure(voxels, polarity: str = "auto") -> IntensityStatistics:
     sure = True
     if polarity == "auto":
         # uneven light has tails of its own, so the stack without it is asked first
-        level = _without(blurred, [_level(part) for part in means], thin)
+        level = _without(blurred, [_level(part) for part in means], thin)[imaged]
         polarity, sure = _polarity(level, max(_spread(level), floor))
         if not sure:
             polarity, sure = _polarity(sample, max(spread, floor))
@@ -114,7 +119,7 @@ def measure(voxels, polarity: str = "auto") -> IntensityStatistics:
     contrast = max(contrast, _MIN_CONTRAST * max(spread, floor))
     cells = [_ground(part, sign, np.inf * sign) for part in means]
     ceiling = float(np.percentile(np.concatenate([part.reshape(-1) for part in cells]) * sign, 98)) * sign
-    raised = _without(blurred, [sign * np.minimum(part * sign, ceiling * sign) for part in cells], thin)
+    raised = _without(blurred, [sign * np.minimum(part * sign, ceiling * sign) for part in cells], thin)[imaged]
     noise = max(_spread(raised), floor)
     too_noisy = noise > floor and LEAST_FACTOR * noise > 2 * FAINT_SHARE * contrast
     sure = sure and not too_noisy
@@ -375,14 +380,14 @@ def _fill(slabs: list[np.ndarray]) -> tuple[float | None, float]:
     return float(lowest) if is_fill else None, middle
 
 
-def _without_fill(slab: np.ndarray, fill: float, middle: float) -> np.ndarray:
-    """A slab with the level `middle` where it was never imaged, and within two voxels, which resampling mixed."""
+def _filled(slab: np.ndarray, fill: float) -> np.ndarray:
+    """Where a slab was never imaged, and within two voxels of that, which resampling mixed."""
     filled = slab == fill
     for axis in range(3):
         wide = np.pad(filled, [(2, 2) if a == axis else (0, 0) for a in range(3)])
         shifted = (_along(wide, axis, shift, shift + slab.shape[axis]) for shift in range(5))
         filled = np.logical_or.reduce(list(shifted))
-    return np.where(filled, slab.dtype.type(middle), slab)
+    return filled
 
 
 def _tiles(shape: tuple[int, int, int]):
