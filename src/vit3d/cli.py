@@ -353,11 +353,12 @@ def trace(
     volume = open_stack(probability, spacing, channel, level, lambda v: fits_in_memory(v, budget))
     unit, box = unit_of(swc_unit, "--swc-unit", volume.spacing_um), box_of(crop, volume.shape)
     start = root_of(root, box, volume.spacing_um)
+    allowed = open_mask(mask)
+    if allowed is not None:
+        check_mask(allowed, volume)  # before the long part
     volume = inverted(volume) if polarity == "dark" else volume
     part, found = with_level(within(volume, box), cut)
-    if mask is not None:
-        allowed = open_mask(mask)
-        check_mask(allowed, volume)
+    if allowed is not None:
         part = masked(part, within(Volume(allowed), box).voxels, found.dark)
     tree, reviews = trace_with_review(
         part,

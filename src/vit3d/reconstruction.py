@@ -11,11 +11,12 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from .centerlines.foreground import LIKELY
 from .formats.lazy_voxels import ChangedVoxels, LazyVoxels, VoxelsWithin, pieces
 from .model.intensity_vit3d import fill_level
 from .regridding import as_trained, on_grid_of
 from .swc import written_here
-from .tracing import LIKELY, MIN_VOXELS, Review, trace_with_review
+from .tracing import MIN_VOXELS, Review, trace_with_review
 from .tree import NeuronTree, write_swc
 from .volume import SUFFIXES, Volume, is_stack, is_url, open_volume, write_volume
 

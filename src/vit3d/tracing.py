@@ -24,7 +24,6 @@ from vit3d.morphometry import resample
 from vit3d.tree import NeuronTree, follow
 from vit3d.volume import Volume, refuse_other_than_volume
 
-LIKELY = 0.5  # foreground of a probability lies above it
 MIN_VOXELS = 6  # smaller components are noise, by default
 _SPECKS, _THINNING, _SPECKS_LEFT = 100, 0.5, 0.05  # see `_salt`
 _GAP_VOXELS = 10  # in-plane voxels bridged by default

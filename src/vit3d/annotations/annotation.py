@@ -66,8 +66,7 @@ def _header(row: dict) -> tuple[tuple[int, int, int], tuple[float, ...] | None]:
 
 
 def read_stack(row: dict, *, lazy: bool = False) -> Volume:
-    """The stack of a row, with the row's spacing and of its channel where it has them; `lazy` leaves its voxels on
-    disk."""
+    """The stack of a row, in the row's channel and with its spacing where it has them; `lazy` leaves voxels on disk."""
     spacing_um = row.get("spacing_um")
     read = open_volume if lazy else read_volume
     return read(row["image"], spacing_um=tuple(spacing_um) if spacing_um else None, channel=row.get("channel"))

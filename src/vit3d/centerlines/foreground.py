@@ -12,6 +12,7 @@ from vit3d.centerlines.voxel_graph import FORWARD, OFFSETS, distance_to_backgrou
 from vit3d.formats.lazy_voxels import LazyVoxels, pieces
 from vit3d.volume import Volume
 
+LIKELY = 0.5  # foreground of a probability lies above it
 _NOISE_LEVELS = 5.0  # standard deviations of the background that no neurite hides in
 _SLAB_VOXELS = 1 << 18
 _PIECE = (64, 256, 256)  # read at once from disk; reading and blurring repeat work at the edges of pieces
@@ -269,7 +270,7 @@ def find_level(voxels: np.ndarray, threshold: float | str | Level = "auto") -> L
     is_probability = low >= 0 and high <= 1 and threshold != "intensity"
     if threshold not in ("auto", "intensity"):
         return Level(float(threshold), is_probability, min(low, 0.0))
-    return Level(0.5, True) if is_probability else Level(intensity_threshold(voxels), False, min(low, 0.0))
+    return Level(LIKELY, True) if is_probability else Level(intensity_threshold(voxels), False, min(low, 0.0))
 
 
 def find_foreground(volume: Volume, level: Level) -> Foreground:

@@ -68,8 +68,8 @@ def _chosen(long: list[tuple[str, int]], where, channel: int | None, time: int |
     if channel is None and num_channels > 1:
         raise ValueError(
             f"{where} has {num_channels} channels{' (RGB)' * any(axis == 'S' for axis, _ in long)}; "
-            f"choose one with `--channel 0` to `--channel {num_channels - 1}` (`channel=` in Python), or, "
-            "where there is no such flag, save it as a stack."
+            f"choose one with `--channel 0` to `--channel {num_channels - 1}` (`channel=` in Python); "
+            "for a command without that flag save it as a stack of its own."
         )
     for name, number, count in (("channel", channel, num_channels), ("time point", time, num_times)):
         if not 0 <= (number or 0) < count:
