@@ -18,6 +18,7 @@ BESIDE_FACTOR = 2.5  # by so many noises where something beside it does: dim bra
 _BESIDE = (4, 8, 8)  # blocks of voxels in which "beside" is told
 DISPLAY_GAMMA = 1 / 2.2  # photographs are gamma-encoded, microscope stacks are linear in light
 _SAMPLE_VOXELS = 12_000_000  # statistics of a larger volume come from groups of slices that hold about so many
+_MEASURED_VOXELS = 1_000_000  # of them, after the blur
 _MIN_GROUPS = 4
 _PROBES, _PROBE = 128, (12, 96, 96)  # where a few slices alone would be too many voxels: boxes all over the volume
 _TILE = (16, 64, 128)  # blurred at once: in the cache
@@ -91,7 +92,8 @@ def measure(voxels, polarity: str = "auto") -> IntensityStatistics:
     check_polarity(polarity)
     slabs = _sample(voxels)
     fill, middle = _fill(slabs)
-    thin = 1 if slabs[0].size < _SAMPLE_VOXELS // 8 else 3  # blurred neighbours say the same: one in three will do
+    # blurred neighbours say the same, and a million voxels all: an odd one in so many, for rows are of even length
+    thin = 1 + 2 * (sum(slab.size for slab in slabs) // (2 * _MEASURED_VOXELS))
     imaged = slice(None)  # of the sample
     if fill is not None:
         filled = [_filled(slab, fill) for slab in slabs]
