@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vit3d.checkpoint import load_checkpoint, preferred_dtype
 from vit3d.model.configuration_vit3d import ViT3DConfig
 from vit3d.model.image_processing_vit3d import ViT3DImageProcessor
-from vit3d.model.inference_vit3d import window_plan
+from vit3d.model.inference_vit3d import OVERLAP, window_plan
 from vit3d.model.modeling_vit3d import ViT3DForNeuronSegmentation
 from vit3d.patches import CropDataset, TrainingVolume
 from vit3d.segmentation import segment
@@ -87,12 +87,17 @@ def our_model(tool: str) -> tuple[ViT3DForNeuronSegmentation, ViT3DImageProcesso
 
 
 def our_job(stack: str, tool: str, dtype: str, volume: Volume | None) -> Job:
-    """`segment` of a whole stack; of the dense stack (`None`) a row of four windows with everything computed."""
+    """`segment` of a whole stack; of the dense stack (`None`) 3 x 4 x 4 windows, with everything computed, scaled by
+    windows: these share a little less than the whole stack's, so that more is painted than there is."""
     model, processor = our_model(tool)
     model, config = model.to(DTYPES[dtype]), model.config
     if volume is None:
-        depth, height, width = config.output_size
-        small = random_volume((depth, height, 4 * width - 3 * (width // 4)))
+        steps = [
+            (n - int(n * share)) // patch * patch
+            for n, share, patch in zip(config.output_size, OVERLAP, config.painted_size, strict=True)
+        ]
+        shape = [n + count * step for n, count, step in zip(config.output_size, (2, 3, 3), steps, strict=True)]
+        small = random_volume(tuple(shape))
         windows = [len(window_plan(shape, config)) for shape in (DENSE_SHAPE, small.shape)]
         scale, kept = windows[0] / windows[1], 1.0
         run = lambda: segment(model, small, processor=processor, select=False)  # noqa: E731

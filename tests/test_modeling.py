@@ -100,7 +100,11 @@ def test_windows_of_kept_patches_are_those_of_the_dense_volume(prediction):
     dense = torch.zeros(2, math.prod(grid), painted.shape[1])
     dense[mask.flatten(1)] = painted
     dense = functional.pad(from_patches(dense, grid, size), (1,) * 6)
-    found = head._painted_windows(painted, kept, torch.ones(len(painted), dtype=torch.bool), (2, *grid))
+    table = torch.full((2, *(n + 2 for n in grid)), len(painted))
+    row, z, y, x = kept
+    table[row, z + 1, y + 1, x + 1] = torch.arange(len(painted))
+    features = functional.pad(painted.unflatten(1, (channels, -1)).transpose(1, 2), (0, 0, 0, 0, 0, 1))
+    found = head._painted_windows(features, table, kept)
     assert torch.equal(found, dense_windows(dense, size, 1, kept))
     raw = head._with_halo(window(prediction, 2))
     assert torch.equal(head._raw_windows(raw, kept), dense_windows(raw, size, HALO, kept))

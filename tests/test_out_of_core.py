@@ -32,7 +32,7 @@ from vit3d.blockwise.out_of_core import RunOptions, segment_store
 from vit3d.blockwise.provenance import machine_of, model_digest
 from vit3d.blockwise.segmentation_job import damage_report, segment_path
 from vit3d.model.blocks_vit3d import BlockPlan
-from vit3d.model.inference_vit3d import FAINT, assemble, occupied_windows, window_plan
+from vit3d.model.inference_vit3d import FAINT, batches, occupied_windows, predict_box, window_plan, windows_of
 from vit3d.model.intensity_vit3d import foreground, foreground_reach, local_background, measure
 from vit3d.volume import open_volume
 
@@ -156,9 +156,9 @@ def test_what_is_selected_tile_by_tile_is_what_the_whole_volume_selects(
     plan = window_plan(shape, config)
     found = occupied_windows(plan, tiles.tokens, config)
     expected = occupied_windows(plan, lambda window: processor.token_mask(window.read(mask)), config)
-    assert [job[:2] for job in found] == [job[:2] for job in expected]
-    assert all(np.array_equal(one[2], other[2]) for one, other in zip(found, expected, strict=True))
-    assert 0 < np.mean([tokens.mean() for *_, tokens in expected]) < 0.9
+    assert [(job.read, job.write) for job in found] == [(job.read, job.write) for job in expected]
+    assert all(np.array_equal(one.kept, other.kept) for one, other in zip(found, expected, strict=True))
+    assert 0 < np.mean([job.kept.mean() for job in expected]) < 0.9
     num_tiles = np.prod([-(-n // (64 // p * p)) for n, p in zip(shape, patch, strict=True)])
     assert (len(read) == num_tiles) != (kept_bytes is not None)
 
@@ -199,23 +199,47 @@ def test_measuring_reads_a_fixed_sample_however_large_the_volume():
     assert 300 < statistics.bright < 420
 
 
+@pytest.mark.parametrize("prediction", ["volume", "center_slice"])
+@pytest.mark.parametrize("shape", [(40, 50, 61), (5, 70, 20)])
+def test_any_box_is_what_the_whole_volume_has_there_and_needs_only_the_windows_near_it(shape, prediction):
+    model, voxels = tiny_model(prediction), neuron()[: shape[0], : shape[1], : shape[2]]
+    processor, plan = ViT3DImageProcessor.from_config(model.config), window_plan(shape, model.config)
+    statistics, rng = processor.measure(voxels), np.random.default_rng(0)
+    kept = {block: rng.random(model.config.grid_size) < 0.4 for block in plan}
+    for block, mask in kept.items():  # as windows share patches, so their masks agree
+        start = [s - f for s, f in zip(block.start, plan.first, strict=True)]
+        place = [(s // n + np.arange(g)) for s, n, g in zip(start, model.config.painted_size, mask.shape, strict=True)]
+        mask[...] = (3 * place[0][:, None, None] + 5 * place[1][:, None] + place[2] ** 2) % 7 < 3
+
+    def predicted(box):
+        jobs = occupied_windows(windows_of(plan, box, model.config), None, model.config)
+        jobs = [replace(job, kept=kept[job.write]) for job in jobs]
+        return len(jobs), predict_box(model, voxels, plan, list(batches(jobs)), processor, statistics, box)
+
+    with torch.no_grad():
+        num_windows, whole = predicted(tuple(map(slice, (0, 0, 0), shape)))
+        assert 0.2 < (whole > 0).mean() < 0.6
+        assert num_windows == len(plan)
+        for _ in range(8):
+            starts = [int(rng.integers(0, n)) for n in shape]
+            box = tuple(slice(s, int(rng.integers(s + 1, n + 1))) for s, n in zip(starts, shape, strict=True))
+            near, part = predicted(box)
+            assert_allclose(part, whole[box], atol=1e-6)
+            assert near <= num_windows
+
+
 @pytest.mark.parametrize(
     "shape, window, overlap", [((40, 30, 17), (16, 12, 8), (4, 3, 2)), ((9, 70, 20), (16, 12, 8), (0, 6, 2))]
 )
-def test_a_box_is_assembled_from_the_blocks_that_meet_it(shape, window, overlap):
+def test_the_blocks_that_meet_a_box_are_found_without_looking_at_the_others(shape, window, overlap):
     plan, rng = BlockPlan(shape, window, overlap), np.random.default_rng(0)
-    results = {block: rng.random(window).astype(np.float32) for block in plan}
-    whole = assemble(plan, [list(results.items())], activation=torch.clone)
     for _ in range(8):
         starts = [int(rng.integers(0, n)) for n in shape]
         box = tuple(slice(s, int(rng.integers(s + 1, n + 1))) for s, n in zip(starts, shape, strict=True))
-        near = plan.meeting(box)
-        part = assemble(plan, ([(block, results[block])] for block in near), box, torch.clone)
-        assert_array_equal(part, whole[box])
         hit = [
             all(i.start < b.stop and i.stop > b.start for i, b in zip(k.inside(shape), box, strict=True)) for k in plan
         ]
-        assert near == [block for block, meets in zip(plan, hit, strict=True) if meets]
+        assert plan.meeting(box) == [block for block, meets in zip(plan, hit, strict=True) if meets]
 
 
 # ---------------------------------------------------------------- the same whoever computes
@@ -477,9 +501,9 @@ class SleepingNetwork(OneVoxelNetwork):
         super().__init__()
         self.config = ViT3DConfig(volume_size=(16, 48, 48))
 
-    def forward(self, pixel_values, token_mask=None):
+    def encode(self, pixel_values, token_mask=None):
         time.sleep(0.02)
-        return super().forward(pixel_values, token_mask)
+        return super().encode(pixel_values, token_mask)
 
 
 def work(source: Path, out: Path, rank: int = 0, ranks: int = 1, largest_file: int | None = None) -> None:

@@ -8,7 +8,6 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from scipy import ndimage
 from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation, ViT3DImageProcessor, checkpoint
 from vit3d.blockwise.leases import Leases
 from vit3d.cli import main
+from vit3d.model.modeling_vit3d import HALO
 from vit3d.reconstruction import (
     find_stacks,
     fits_in_memory,
@@ -46,9 +46,20 @@ class Photograph(torch.nn.Module):
 
     config, device = CONFIG, torch.device("cpu")
 
-    def forward(self, pixel_values, token_mask=None):
-        display = pixel_values * CONFIG.image_std + CONFIG.image_mean
-        return SimpleNamespace(logits=20 * (display - 0.6))
+    @property
+    def head(self):
+        return self
+
+    def encode(self, pixel_values, token_mask=None):
+        kept = np.prod(CONFIG.grid_size) if token_mask is None else token_mask.flatten(1).sum(1).max()
+        return torch.zeros(len(pixel_values), int(kept), 1)
+
+    def features(self, tokens):
+        return torch.zeros(len(tokens) + 1, 1, 1)
+
+    def paint(self, features, table, kept, raw):
+        display = raw[:, :, HALO:-HALO, HALO:-HALO, HALO:-HALO] * CONFIG.image_std + CONFIG.image_mean
+        return 20 * (display - 0.6)
 
 
 @pytest.fixture(scope="session")

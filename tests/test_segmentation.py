@@ -1,24 +1,29 @@
 """A volume is segmented block by block as it would be at once."""
 
 import time
-from types import SimpleNamespace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from torch import nn
+from torch.nn import functional
 
 from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation, ViT3DImageProcessor, Volume, segment
-from vit3d.model.blocks_vit3d import Block, BlockPlan
+from vit3d.model.blocks_vit3d import Block
+from vit3d.model.canvas_vit3d import Canvas, Job
 from vit3d.model.inference_vit3d import FAINT, batches, predict, window_plan
-from vit3d.model.modeling_vit3d import BACKGROUND_LOGIT, from_patches, to_patches
+from vit3d.model.modeling_vit3d import HALO, to_patches
 
 SHAPES = [(19, 40, 53), (8, 16, 24), (9, 17, 25), (3, 5, 7), (1, 40, 30), (30, 10, 24)]
 
 
 class OneVoxelNetwork(nn.Module):
-    """Sees one voxel per logit, paints left-out patches as background, and remembers what it was given."""
+    """Its logit is twice a voxel's value: once by way of the patch's token, once as the head sees the stack.
+
+    It remembers how many windows it was given.
+    """
 
     device = torch.device("cpu")
 
@@ -28,16 +33,27 @@ class OneVoxelNetwork(nn.Module):
         self.config = ViT3DConfig(volume_size=(8, 16, 24), patch_size=patch, prediction=prediction)
         self.batches = []
 
-    def forward(self, pixel_values: torch.Tensor, token_mask: torch.Tensor | None = None):
+    @property
+    def head(self) -> "OneVoxelNetwork":
+        return self
+
+    def encode(self, pixel_values: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
         self.batches.append(len(pixel_values))
         if self.config.prediction == "center_slice":
-            pixel_values = pixel_values[:, :, 4:5]
-        logits = 2 * pixel_values
+            pixel_values = pixel_values[:, :, pixel_values.shape[2] // 2][:, :, None]
+        tokens = to_patches(pixel_values, self.config.painted_size)
         if token_mask is not None:
-            patches = to_patches(logits, self.config.painted_size)
-            patches[~token_mask.flatten(1)] = BACKGROUND_LOGIT
-            logits = from_patches(patches, self.config.grid_size, self.config.painted_size)
-        return SimpleNamespace(logits=logits)
+            kept = [window[mask] for window, mask in zip(tokens, token_mask.flatten(1), strict=True)]
+            tokens = nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=torch.nan)
+        return tokens
+
+    def features(self, tokens: torch.Tensor) -> torch.Tensor:
+        return functional.pad(tokens[..., None], (0, 0, 0, 0, 0, 1))
+
+    def paint(self, features, table, kept, raw) -> torch.Tensor:
+        row, z, y, x = kept
+        seen = features[table[row, z + 1, y + 1, x + 1], :, 0].unflatten(1, self.config.painted_size)
+        return seen[:, None] + raw[:, :, HALO:-HALO, HALO:-HALO, HALO:-HALO]
 
     def whole(self, voxels: np.ndarray) -> np.ndarray:
         """The probability without blocks."""
@@ -120,35 +136,31 @@ def test_selection_changes_nothing_on_the_neurite_and_only_zeroes_what_is_far_fr
     assert not selected[far].any()
 
 
-def test_the_next_batch_is_read_and_the_last_one_added_while_the_network_works(monkeypatch):
-    """A network that returns only when the next window was looked up, and the result before was added."""
-    voxels, looked_up, added = noise((30, 40, 53)), [], []
-    values, kept = ViT3DImageProcessor.pixel_values, BlockPlan.kept
+def test_the_next_batch_is_read_while_the_network_works(monkeypatch):
+    """A network that returns only when the next window was looked up."""
+    voxels, looked_up = noise((30, 40, 53)), []
+    values = ViT3DImageProcessor.pixel_values
 
-    def spy_on_values(self, *arguments, **options):
-        result = values(self, *arguments, **options)
-        looked_up.append(1)
+    def spy_on_values(self, voxels, *arguments, **options):
+        result = values(self, voxels, *arguments, **options)
+        looked_up.extend([1] * (voxels.shape == self.volume_size))
         return result
 
-    def spy_on_kept(self, block, box):
-        added.append(1)
-        return kept(self, block, box)
-
     class PatientNetwork(OneVoxelNetwork):
-        def forward(self, pixel_values, token_mask=None):
-            logits = super().forward(pixel_values, token_mask)
+        def encode(self, pixel_values, token_mask=None):
+            super().encode(pixel_values, token_mask)
             done = len(self.batches)
             deadline = time.monotonic() + 10
-            while min(len(looked_up) - min(done + 1, windows), len(added) - (done - 1)) < 0:
+            while len(looked_up) < min(done + 1, windows):
                 assert time.monotonic() < deadline, "nothing went on while the network worked"
                 time.sleep(0.001)
-            return type(logits)(logits=2 * pixel_values)  # as it is now: nobody may have written into it
+            self.batches.pop()
+            return super().encode(pixel_values, token_mask)  # as it is now: nobody may have written into it
 
     network = PatientNetwork()
     windows = len(list(window_plan(voxels.shape, network.config)))
     expected = network.whole(voxels)
     monkeypatch.setattr(ViT3DImageProcessor, "pixel_values", spy_on_values)
-    monkeypatch.setattr(BlockPlan, "kept", spy_on_kept)
     found = predict(
         network, voxels, processor=ViT3DImageProcessor.from_config(network.config), select=False, batch_size=1
     )
@@ -178,22 +190,38 @@ def test_all_windows_cut_a_voxel_into_the_same_patch(network, shape):
     assert not ((starts - starts[0]) % network.config.painted_size).any()
 
 
+def job_of(index: int, kept: np.ndarray, depth: int = 0) -> Job:
+    block = Block((depth, 0, index), (16, 112, 112))
+    return Job(block, block, kept)
+
+
 def test_a_batch_holds_windows_of_like_token_counts_each_window_once():
     counts = np.sort(np.random.default_rng(0).geometric(0.02, 300).clip(1, 784))
     masks = [np.arange(784) < count for count in counts]
-    jobs = [(Block((i, 0, 0), (16, 112, 112)), None, mask) for i, mask in enumerate(masks)]
-    found = list(batches(jobs))
-    assert [job for batch in found for job in batch] == jobs
-    tokens, padded = counts.sum(), sum(len(batch) * int(batch[-1][2].sum()) for batch in found)
+    jobs = [job_of(i, mask) for i, mask in enumerate(masks)]
+    found = list(batches(jobs[::2] + jobs[1::2]))
+    assert [job.num_tokens for batch in found for job in batch] == counts.tolist()
+    assert {job for batch in found for job in batch} == set(jobs)
+    tokens, padded = counts.sum(), sum(len(batch) * batch[-1].num_tokens for batch in found)
     assert padded < 1.2 * tokens
     assert len(found) < 25
+
+
+def test_deep_windows_come_after_others_that_hold_enough_tokens():
+    """So that what is painted early frees its memory, and a sparse stack is batched as a whole."""
+    full = [job_of(i, np.ones(784, bool), depth) for depth in range(0, 80, 8) for i in range(12)]
+    depths = [{job.write.start[0] for job in batch} for batch in batches(full)]
+    assert all(max(one) <= min(other) + 8 for one, other in pairwise(depths))
+    assert [min(one) for one in depths] == sorted(min(one) for one in depths)
+    sparse = [job_of(i, np.arange(784) < 5 + i, depth) for depth in range(0, 80, 8) for i in range(12)]
+    assert any(len({job.write.start[0] for job in batch}) == 10 for batch in batches(sparse))
 
 
 def test_a_batch_of_nearly_empty_windows_is_not_much_larger_than_a_full_one():
     """Voxels of patches that are left out are read and painted too."""
     masks = [np.arange(784) < 1] * 1000
-    jobs = [(Block((i, 0, 0), (16, 112, 112)), None, mask) for i, mask in enumerate(masks)]
-    full = max(map(len, batches([(*job[:2], np.ones(784, bool)) for job in jobs])))
+    jobs = [job_of(i, mask) for i, mask in enumerate(masks)]
+    full = max(map(len, batches([job_of(i, np.ones(784, bool)) for i in range(1000)])))
     assert full == 4096 // 784
     assert max(map(len, batches(jobs))) == 16384 // 784 <= 4 * full
 
@@ -231,3 +259,66 @@ def test_a_volume_in_a_window_of_its_size_is_the_networks_own_answer():
         expected = model.eval()(batch["pixel_values"]).logits.sigmoid()[0, 0].numpy()
     found = segment(model, Volume(voxels), select=False).voxels
     assert_allclose(found, np.where(expected < FAINT, 0, expected), atol=1e-6)
+
+
+def test_a_patch_in_two_windows_is_painted_once_from_the_mean_of_what_both_say():
+    """Each window says its number; what is painted goes from one to the other as the weights do."""
+
+    class NumberedNetwork(OneVoxelNetwork):
+        def encode(self, pixel_values, token_mask=None):
+            tokens = super().encode(pixel_values, token_mask)
+            return torch.full_like(tokens, float(len(self.batches)))
+
+        def paint(self, features, table, kept, raw):
+            painted.extend(zip(*kept.tolist(), strict=True))
+            return super().paint(features, table, kept, 0 * raw)
+
+    network, painted = NumberedNetwork(), []
+    found = segment(network, Volume(noise((8, 16, 40))), select=False, batch_size=1).voxels
+    steps = np.log(found / (1 - found))[0, 0, ::8]
+    plan = window_plan(found.shape, network.config)
+    first, second = (plan.weights(block, (4, 8, 8))[0, 0] for block in plan)
+    assert [block.start[2] for block in plan] == [0, 16]
+    assert_allclose(steps, [1, 1, (1 * first[2] + 2 * second[0]) / (first[2] + second[0]), 2, 2], atol=1e-4)
+    assert len(painted) == len(set(painted)) == 2 * 2 * 5
+
+
+@pytest.mark.parametrize("prediction", ["volume", "center_slice"])
+@pytest.mark.parametrize("at_once", [1, 5, 1000])
+def test_what_is_painted_early_is_what_would_be_painted_at_the_end(prediction, at_once, monkeypatch):
+    model, volume = tiny_model(prediction), Volume(fibre((60, 40, 50)))
+    late = segment(model, volume).voxels
+    monkeypatch.setattr("vit3d.model.inference_vit3d.TOKENS_PER_GROUP", 1)
+    monkeypatch.setattr("vit3d.model.canvas_vit3d.PAINTED_AT_ONCE", at_once)
+    assert_allclose(segment(model, volume).voxels, late, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["volume", "center_slice"])
+def test_no_more_layers_are_held_than_the_windows_under_way_add_to(prediction, monkeypatch):
+    monkeypatch.setattr("vit3d.model.inference_vit3d.TOKENS_PER_GROUP", 1)
+    network, add, held = OneVoxelNetwork(prediction), Canvas.add, []
+
+    def spy(self, batch, tokens):
+        add(self, batch, tokens)
+        held.append(len(self._tokens) + len(self._features))
+
+    monkeypatch.setattr(Canvas, "add", spy)
+    voxels = noise((120, 16, 24))
+    assert_allclose(segment(network, Volume(voxels), select=False).voxels, network.whole(voxels), atol=1e-5)
+    assert len(held) > 10
+    assert max(held) <= 5
+
+
+def test_a_stack_on_disk_is_read_in_windows_and_layers(network):
+    class OnDisk:
+        shape, dtype = (60, 40, 53), np.dtype(np.uint8)
+
+        def __getitem__(self, box):
+            read.append([b.stop - b.start for b in box])
+            return voxels[box]
+
+    voxels, read = noise((60, 40, 53)), []
+    processor = ViT3DImageProcessor.from_config(network.config)
+    found = predict(network, OnDisk(), processor=processor, statistics=processor.measure(voxels), select=False)
+    assert_allclose(found, network.whole(voxels), atol=1e-5)
+    assert max(depth for depth, _, _ in read) == 8

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from ..model.blocks_vit3d import Block
+from ..model.canvas_vit3d import PAINTED_AT_ONCE, Job
 from ..model.image_processing_vit3d import ViT3DImageProcessor
-from ..model.inference_vit3d import PATCHES_PER_BATCH, TOKENS_PER_BATCH, predict_batches
+from ..model.inference_vit3d import PATCHES_PER_BATCH, TOKENS_PER_BATCH, TOKENS_PER_GROUP, predict_box, window_plan
 from ..model.intensity_vit3d import CELL, IntensityStatistics
 from ..volume import Volume
 from .block_store import CHUNK, Layout
@@ -34,7 +35,8 @@ def choose_layout(model, volume: Volume, memory_bytes: int, box: tuple[int, int,
 def working_bytes(layout: Layout, config, volume: Volume) -> int:
     """Most memory that the boxes under way take: one that was read and computed, one that was computed, one that is
     read or scanned, what is known of scanned ones, and chunks being decoded."""
-    windows = [2 * (window - 1) for window in config.volume_size]
+    sizes = zip(config.volume_size, config.patch_size, strict=True)
+    windows = [2 * (window - 1 + patch) for window, patch in sizes]  # of what lies beside the box as well
     seen, scanned = (_voxels_around(layout, around) for around in (windows, [2 * 3 * cell for cell in CELL]))
     chunks = getattr(volume.voxels, "chunks", None) or (1, 1, 1)
     itemsize = np.dtype(volume.voxels.dtype).itemsize
@@ -42,7 +44,18 @@ def working_bytes(layout: Layout, config, volume: Volume) -> int:
     known = min(KEPT_BYTES, np.prod(layout.shape, dtype=float) / 8)
     finite = np.dtype(volume.voxels.dtype).kind == "f"  # asked voxel by voxel
     coming = max(seen * (itemsize + finite), scanned * (itemsize + 2))  # the mask, and a copy that is cut or filled up
-    return int(seen * itemsize + coming + 2 * 4 * np.prod(layout.box, dtype=float) + known + decoding)
+    written = 2 * 4 * np.prod(layout.box, dtype=float)
+    return int(seen * itemsize + coming + written + known + decoding + _canvas_bytes(layout, config))
+
+
+def _canvas_bytes(layout: Layout, config) -> float:
+    """Tokens of the layers that a group of windows adds to, and what the head paints of those painted together."""
+    size = config.painted_size
+    depth, rows, columns = (b // p + 2 for b, p in zip(layout.box, size, strict=True))
+    layer, fused = rows * columns, len(config.fused_layers) * config.hidden_size
+    tokens = min(depth * layer, (config.output_size[0] // size[0] + 2) * layer + TOKENS_PER_GROUP)
+    painted = min(depth * layer, 3 * layer + PAINTED_AT_ONCE) * config.head_channels * np.prod(size)
+    return 4.0 * (tokens * fused + 2 * painted)
 
 
 def _voxels_around(layout: Layout, around: list[int]) -> float:
@@ -69,14 +82,14 @@ def check_memory(layout: Layout, model, volume: Volume, statistics: IntensitySta
 def _trial(model, volume: Volume, statistics: IntensityStatistics) -> None:
     """The batch of most tokens, and the one of most windows, of which three quarters of the patches are left out."""
     config = model.config
-    window, grid = Block((0, 0, 0), config.volume_size), np.ones(config.grid_size, dtype=bool)
+    read, write = Block((0, 0, 0), config.volume_size), Block((0, 0, 0), config.output_size)
+    grid = np.ones(config.grid_size, dtype=bool)
     grid[0, 0, 0] = False  # the selecting path takes more memory than the dense one
     sparse = (np.arange(grid.size) % 4 == 0).reshape(grid.shape)
     kinds = ((grid, TOKENS_PER_BATCH), (sparse, PATCHES_PER_BATCH))
-    todo = [[(window, window, tokens)] * max(1, most // grid.size) for tokens, most in kinds]
-    voxels = np.zeros(config.volume_size, dtype=volume.voxels.dtype)
-    for _ in predict_batches(model, voxels, todo, ViT3DImageProcessor.from_config(config), statistics):
-        pass
+    todo = [[Job(read, write, tokens)] * max(1, most // grid.size) for tokens, most in kinds]
+    voxels, plan = np.zeros(config.volume_size, dtype=volume.voxels.dtype), window_plan(config.output_size, config)
+    predict_box(model, voxels, plan, todo, ViT3DImageProcessor.from_config(config), statistics)
 
 
 def peak_bytes() -> int:

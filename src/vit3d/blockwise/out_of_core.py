@@ -21,17 +21,11 @@ from tqdm import tqdm
 
 from ..formats.lazy_voxels import give_back_freed
 from ..model.blocks_vit3d import Block
+from ..model.canvas_vit3d import Job
 from ..model.image_processing_vit3d import ViT3DImageProcessor
-from ..model.inference_vit3d import (
-    Job,
-    assemble,
-    batches,
-    occupied_windows,
-    predict_batches,
-    window_plan,
-    without_faint,
-)
+from ..model.inference_vit3d import batches, occupied_windows, predict_box, window_plan, windows_of
 from ..model.intensity_vit3d import IntensityStatistics
+from ..model.modeling_vit3d import HALO
 from ..volume import Volume
 from .block_store import BlockStore, Box, Index, create, partial_path
 from .leases import EXPIRY_S, Leases
@@ -291,13 +285,14 @@ class _Run:
         index = next(todo, None)
         if index is None:
             return None
-        blocks = self.plan.meeting(self.store.layout.box_of(index))
+        box = self.store.layout.box_of(index)
+        blocks = windows_of(self.plan, box, self.model.config)
         start, read_before = time.perf_counter(), self.seconds["read"]
         jobs = occupied_windows(blocks, self.selection and self.selection.tokens, self.model.config)
         self.seconds["select"] += time.perf_counter() - start - (self.seconds["read"] - read_before)
         if not jobs:
             return index, None, []
-        hull = _hull([window for window, _, _ in jobs], self.volume.shape)
+        hull = _hull([*(job.read for job in jobs), _grown(box, HALO)], self.volume.shape)
         return index, Part(self._voxels(hull), hull, self.volume.shape), jobs
 
     def _voxels(self, box: Box) -> np.ndarray:
@@ -311,26 +306,15 @@ class _Run:
         """The box, float32, as the windows gave it; None where it holds nothing."""
         if not jobs:
             return None
-        box = self.store.layout.box_of(index)
-        return assemble(self.plan, self._results(part, jobs), box)
-
-    def _results(self, part: Part, jobs: list[Job]) -> Iterator[list[tuple[Block, torch.Tensor]]]:
-        todo, statistics = batches(jobs), self.statistics
-        results = predict_batches(self.model, part, todo, self.processor, statistics)
-        while True:
-            with self._timed("predict"):
-                batch = next(results, None)
-            if batch is None:
-                return
-            yield batch
+        box, todo = self.store.layout.box_of(index), list(batches(jobs))
+        with self._timed("predict"):
+            return predict_box(self.model, part, self.plan, todo, self.processor, self.statistics, box)
 
     def _checked(self, index: Index, probability: np.ndarray | None) -> np.ndarray | None:
-        if probability is None:
-            return None
-        if not np.isfinite(probability.sum()):
+        if probability is not None and not np.isfinite(probability.sum()):
             box = _said(self.store.layout.box_of(index))
             raise ValueError(f"The network gave NaN or infinite probabilities in {box}.")
-        return without_faint(probability)
+        return probability
 
     def _write(self, index: Index, probability: np.ndarray | None, windows: int, leases: Leases) -> None:
         try:
@@ -364,6 +348,10 @@ def _hull(windows: list[Block], shape: tuple[int, int, int]) -> Box:
     """The smallest box that holds what these windows see of the volume."""
     seen = np.array([[(i.start, i.stop) for i in window.inside(shape)] for window in windows])
     return tuple(map(slice, seen[..., 0].min(axis=0).tolist(), seen[..., 1].max(axis=0).tolist()))
+
+
+def _grown(box: Box, around: int) -> Block:
+    return Block(tuple(b.start - around for b in box), tuple(b.stop - b.start + 2 * around for b in box))
 
 
 def _said(box: Box) -> str:

@@ -9,7 +9,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..model.inference_vit3d import FAINT, FREE_PADDING, MOST_PADDED, OVERLAP, PATCHES_PER_BATCH, TOKENS_PER_BATCH
+from ..model.canvas_vit3d import PAINTED_AT_ONCE
+from ..model.inference_vit3d import (
+    FAINT,
+    FREE_PADDING,
+    MOST_PADDED,
+    OVERLAP,
+    PATCHES_PER_BATCH,
+    TOKENS_PER_BATCH,
+    TOKENS_PER_GROUP,
+)
 from ..volume import Volume
 from .block_store import LEVELS, BlockStore, differences
 
@@ -30,6 +39,8 @@ def identity_of(model, volume: Volume, processor, select: bool) -> dict:
             "overlap": list(OVERLAP),
             "tokens_per_batch": TOKENS_PER_BATCH,
             "patches_per_batch": PATCHES_PER_BATCH,
+            "tokens_per_group": TOKENS_PER_GROUP,
+            "painted_at_once": PAINTED_AT_ONCE,
             "padded": [MOST_PADDED, FREE_PADDING],
             "faint": FAINT,
             "rounded_to": LEVELS,

@@ -1,12 +1,12 @@
 """NOUN  Block: a window to read and what of it to keep; plans over a shape.
 
-Numpy only, and no model: any function from a window to an array of the same size can be run block by block.
+Numpy only, and no model.
 Coordinates are voxels, (depth, height, width). Windows may reach beyond the volume (it is then replicated
 at its border), so that a network always sees the size it was trained with.
 """
 
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import product
 
 import numpy as np
 
@@ -40,17 +40,13 @@ class Block:
 
 
 class BlockPlan:
-    """Windows of one size that cover a volume, and the weight each voxel of a window has in the result.
+    """Windows of one size that cover a volume, and the weight that each of their patches has among those it lies in.
 
     Windows begin at multiples of `step` from the first: where that is a network's patch, neighbours cut their overlap
     into the same patches, and the last window may reach beyond the volume by less than a step.
-    `mode="blend"`: weights fall linearly from the middle of the overlap to its ends and add up to 1 everywhere.
-    `mode="crop"`: every voxel is taken from the one window that holds it furthest from its faces.
     """
 
-    def __init__(self, shape, window, overlap, mode: str = "blend", step=(1, 1, 1)):
-        if mode not in ("blend", "crop"):
-            raise ValueError(f"`mode` must be 'blend' or 'crop', got {mode!r}.")
+    def __init__(self, shape, window, overlap, step=(1, 1, 1)):
         if any(not 0 <= o < w for o, w in zip(overlap, window, strict=True)):
             raise ValueError(
                 f"`overlap` {tuple(overlap)} must be at least 0 and smaller than `window` {tuple(window)}."
@@ -62,8 +58,12 @@ class BlockPlan:
                 f"A `step` of {tuple(step)} leaves windows of {self.window} less than {self.overlap} shared."
             )
         self._starts = [_starts(*axis, s) for axis, s in zip(axes, step, strict=True)]
-        profiles = _blend_profiles if mode == "blend" else _crop_profiles
-        self._profiles = [profiles(s, w, n) for s, (n, w, _) in zip(self._starts, axes, strict=True)]
+        self._profiles = [_profiles(s, w) for s, w in zip(self._starts, self.window, strict=True)]
+
+    @property
+    def first(self) -> tuple[int, int, int]:
+        """Where the first window begins along each axis."""
+        return tuple(starts[0] for starts in self._starts)
 
     def __len__(self) -> int:
         return int(np.prod([len(starts) for starts in self._starts]))
@@ -72,27 +72,22 @@ class BlockPlan:
         for start in product(*self._starts):
             yield Block(start, self.window)
 
-    def kept(self, block: Block, box: Box) -> tuple[Box, Box]:
-        """What of `box` the block holds, counted from the box's start; and the same voxels, from the window's."""
-        spans = list(zip(box, block.inside(self.shape), block.start, strict=True))
-        met = [slice(max(b.start, i.start), min(b.stop, i.stop)) for b, i, _ in spans]
-        there = tuple(slice(m.start - b.start, m.stop - b.start) for m, (b, _, _) in zip(met, spans, strict=True))
-        return there, tuple(slice(m.start - s, m.stop - s) for m, (_, _, s) in zip(met, spans, strict=True))
-
     def meeting(self, box: Box) -> list[Block]:
         """The blocks that hold a voxel of `box`, in the plan's order; found without looking at the others."""
         spans = zip(self._starts, self.window, box, strict=True)
         near = [[s for s in starts if s < b.stop and s + size > b.start] for starts, size, b in spans]
         return [Block(start, self.window) for start in product(*near)]
 
-    def weight(self, block: Block, crop: Box = (slice(None),) * 3) -> np.ndarray:
-        """(depth, height, width) float32, or a crop of it; over all blocks the weights of a voxel add up to 1."""
-        z, y, x = self.profiles(block, crop)
-        return z[:, None, None] * (y[:, None] * x)
+    def weights(self, block: Block, patch: tuple[int, int, int]) -> np.ndarray:
+        """(grid_depth, grid_height, grid_width) float32: falls linearly from the middle of an overlap to its ends.
 
-    def profiles(self, block: Block, crop: Box = (slice(None),) * 3) -> list[np.ndarray]:
-        """Per axis the weights, float32, of which `weight` is the product."""
-        return [self._profiles[axis][start][crop[axis]] for axis, start in enumerate(block.start)]
+        All windows' weights of a patch add up to what its share in the mean is counted by; none is 0.
+        """
+        z, y, x = (
+            profiles[start].reshape(-1, size).mean(axis=1)
+            for profiles, start, size in zip(self._profiles, block.start, patch, strict=True)
+        )
+        return z[:, None, None] * (y[:, None] * x)
 
 
 def _starts(extent: int, window: int, overlap: int, step: int) -> list[int]:
@@ -104,37 +99,20 @@ def _starts(extent: int, window: int, overlap: int, step: int) -> list[int]:
     return [step * round(i * last / (count - 1)) for i in range(count)]
 
 
-def _blend_profiles(starts: list[int], window: int, extent: int) -> dict[int, np.ndarray]:
+def _profiles(starts: list[int], window: int) -> dict[int, np.ndarray]:
     """Per window a trapezoid whose ramps span the actual overlap with its neighbours."""
     profiles = {}
     for i, start in enumerate(starts):
         position = start + np.arange(window) + 0.5
-        weight = np.ones(window)
+        weight = np.ones(window, dtype=np.float32)
         if i > 0:
             weight *= _ramp(position, start, starts[i - 1] + window)
         if i + 1 < len(starts):
             weight *= 1 - _ramp(position, starts[i + 1], start + window)
         profiles[start] = weight
-    total = np.zeros(extent)  # three windows may meet where many are needed: divide by what they really add up to
-    for start, weight in profiles.items():
-        inside = slice(max(start, 0), min(start + window, extent))
-        total[inside] += weight[inside.start - start : inside.stop - start]
-    for start, weight in profiles.items():
-        inside = slice(max(start, 0), min(start + window, extent))
-        weight[inside.start - start : inside.stop - start] /= total[inside]
-    return {start: weight.astype(np.float32) for start, weight in profiles.items()}
+    return profiles
 
 
 def _ramp(position: np.ndarray, low: float, high: float) -> np.ndarray:
     """0 below `low`, 1 above `high`; a step where the two do not overlap."""
     return np.clip((position - low) / (high - low), 0, 1) if high > low else (position >= low).astype(float)
-
-
-def _crop_profiles(starts: list[int], window: int, extent: int) -> dict[int, np.ndarray]:
-    """1 where this window is the one whose centre is nearest, 0 elsewhere."""
-    cuts = [-np.inf, *((a + b + window) / 2 for a, b in pairwise(starts)), np.inf]
-    voxels = np.arange(window) + 0.5
-    return {
-        start: ((start + voxels >= low) & (start + voxels < high)).astype(np.float32)
-        for start, (low, high) in zip(starts, pairwise(cuts), strict=True)
-    }

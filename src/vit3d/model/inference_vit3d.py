@@ -1,27 +1,32 @@
 """A stack of any size through the network, window by window.
 
 What `vit3d.segment` and the Hub's pipeline both run. `voxels` need a `shape`, a `dtype` and slicing, no more:
-a stack on disk is read one window at a time. Arrays are (depth, height, width).
+a stack on disk is read one window, or one layer of patches, at a time. Arrays are (depth, height, width).
+
+Windows share patches. The encoder sees such a patch in each of them; the mean of what it says is painted by the head,
+once, beside the patches that lie around it in the volume.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 
 import numpy as np
 import torch
 
 from .blocks_vit3d import Block, BlockPlan, Box
+from .canvas_vit3d import Canvas, Job
 from .image_processing_vit3d import ViT3DImageProcessor
 from .intensity_vit3d import IntensityStatistics
+from .modeling_vit3d import HALO
 
-OVERLAP = (0.5, 0.25, 0.25)  # of the window (z, y, x), shared with each neighbour and blended
+OVERLAP = (0.5, 0.25, 0.25)  # of the window (z, y, x), shared with each neighbour
 TOKENS_PER_BATCH = 4096
 PATCHES_PER_BATCH = 4 * TOKENS_PER_BATCH  # those left out as well: their voxels take memory all the same
+TOKENS_PER_GROUP = 4 * TOKENS_PER_BATCH  # so many are computed before what no deeper window adds to is painted
 MOST_PADDED, FREE_PADDING = 1.25, 4  # a batch's largest row may hold so many times the tokens of its smallest, and 4
 FAINT = 1 / 512  # less than half a level of an 8-bit picture: written as 0, so that background stays empty
-
-Job = tuple[Block, Block, np.ndarray]  # window to read, block to write, token mask
 
 
 def predict(
@@ -45,12 +50,10 @@ def predict(
     """
     statistics = statistics or processor.measure(voxels)
     mask = processor.foreground(voxels, statistics) if select else None
-    tokens = None if mask is None else lambda window: processor.token_mask(window.read(mask))
+    selected = None if mask is None else lambda window: processor.token_mask(window.read(mask))
     plan = window_plan(voxels.shape, model.config)
-    jobs = occupied_windows(plan, tokens, model.config)
-    todo = progress(list(batches(jobs, batch_size)))
-    results = predict_batches(model, voxels, todo, processor, statistics)
-    return without_faint(assemble(plan, results))
+    todo = list(batches(occupied_windows(plan, selected, model.config), batch_size))
+    return predict_box(model, voxels, plan, todo, processor, statistics, progress=progress)
 
 
 def window_plan(shape: tuple[int, int, int], config) -> BlockPlan:
@@ -63,8 +66,14 @@ def window_plan(shape: tuple[int, int, int], config) -> BlockPlan:
     return BlockPlan(shape, config.output_size, overlap, step=config.painted_size)
 
 
+def windows_of(plan: BlockPlan, box: Box, config) -> list[Block]:
+    """The windows that decide a box: those with a patch of it, or with one beside it, which its border sees."""
+    around = [0 if config.prediction == "center_slice" else config.painted_size[0], *config.painted_size[1:]]
+    return plan.meeting(tuple(slice(b.start - n, b.stop + n) for b, n in zip(box, around, strict=True)))
+
+
 def occupied_windows(plan: Iterable[Block], selected: Callable[[Block], np.ndarray] | None, config) -> list[Job]:
-    """(window to read, block to write, token mask) of each block with a token, fewest tokens first.
+    """A job for each block with a token, in the plan's order.
 
     `selected`: the token mask of a window; None keeps all tokens. With `center_slice` the window reaches beyond the
     one slice it writes.
@@ -77,62 +86,149 @@ def occupied_windows(plan: Iterable[Block], selected: Callable[[Block], np.ndarr
         read = Block(start, config.volume_size)
         tokens = np.ones(config.grid_size, dtype=bool) if selected is None else selected(read)
         if tokens.any():
-            jobs.append((read, write, tokens))
-    return sorted(jobs, key=lambda job: int(job[2].sum()))
+            jobs.append(Job(read, write, tokens))
+    return jobs
 
 
 def batches(jobs: list[Job], batch_size: int | None = None) -> Iterator[list[Job]]:
-    """Windows of similar token count together, so that little is padded; `jobs` come fewest tokens first."""
-    most = batch_size or max(1, PATCHES_PER_BATCH // jobs[0][2].size if jobs else 1)
-    batch, least = [], 0
-    for job in jobs:
-        tokens = int(job[2].sum())
-        full = len(batch) == most or (len(batch) + 1) * tokens > TOKENS_PER_BATCH
-        if batch and (full or tokens > MOST_PADDED * least + FREE_PADDING):
-            yield batch
-            batch = []
-        if not batch:
-            least = tokens
-        batch.append(job)
-    if batch:
+    """Windows of like token count together, so that little is padded; groups of them, one deeper than the other."""
+    for group in _groups(jobs):
+        most = batch_size or max(1, PATCHES_PER_BATCH // group[0].kept.size)
+        batch, least = [], 0
+        for job in sorted(group, key=lambda job: job.num_tokens):
+            tokens = job.num_tokens
+            full = len(batch) == most or (len(batch) + 1) * tokens > TOKENS_PER_BATCH
+            if batch and (full or tokens > MOST_PADDED * least + FREE_PADDING):
+                yield batch
+                batch = []
+            if not batch:
+                least = tokens
+            batch.append(job)
         yield batch
 
 
-def predict_batches(
+def _groups(jobs: list[Job]) -> Iterator[list[Job]]:
+    """All windows of one depth, and of the next ones, until they hold `TOKENS_PER_GROUP`."""
+    group = []
+    for _, beside in groupby(jobs, key=lambda job: job.write.start[0]):
+        group += beside
+        if sum(job.num_tokens for job in group) >= TOKENS_PER_GROUP:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+@torch.inference_mode()
+def predict_box(
     model,
     voxels,
-    todo: Iterable[list[Job]],
+    plan: BlockPlan,
+    todo: list[list[Job]],
     processor: ViT3DImageProcessor,
     statistics: IntensityStatistics,
-) -> Iterator[list[tuple[Block, torch.Tensor]]]:
-    """For each batch, in one forward pass: (block to write, logits on the CPU) of each window.
+    box: Box | None = None,
+    progress: Callable[[list], Iterable] = iter,
+) -> np.ndarray:
+    """Probability of a box of the volume (default all of it), float32, from batches of the windows that decide it.
 
-    While the network works on one batch, a thread reads and normalises the next.
+    What no window keeps is 0. While the network encodes one batch, a thread reads and normalises the next, and one
+    paints what is known by then.
     """
-    # two, in turn, for all batches: fresh memory would take longer than normalising
+    box = box or tuple(slice(0, size) for size in plan.shape)
+    probability = np.zeros([b.stop - b.start for b in box], dtype=np.float32)  # numpy asks for large pages
+    canvas = Canvas(model, plan, todo, box)
+
+    def raw(corners: np.ndarray) -> torch.Tensor:
+        values = processor.pixel_values(_raw(voxels, corners, model.config).reshape(len(corners), -1), statistics)
+        return torch.from_numpy(values).to(model.device).view(-1, 1, *(n + 2 * HALO for n in model.config.painted_size))
+
+    @torch.inference_mode()
+    def paint(stop: int) -> None:
+        for corners, logits in canvas.painted(stop, raw):
+            found = logits[:, 0].sigmoid()
+            _write(probability, box, corners, found.masked_fill_(found < FAINT, 0).cpu().numpy())
+
+    with ThreadPoolExecutor(1) as painter:
+        begun, painting = 0, None
+        for batch, tokens in _encoded(model, voxels, progress(todo), processor, statistics):
+            canvas.add(batch, tokens)
+            if canvas.num_known > begun:
+                if painting is not None:
+                    painting.result()
+                begun = canvas.num_known
+                painting = painter.submit(paint, begun)
+        if painting is not None:
+            painting.result()
+    return probability
+
+
+def _encoded(
+    model, voxels, todo: Iterable[list[Job]], processor: ViT3DImageProcessor, statistics: IntensityStatistics
+) -> Iterator[tuple[list[Job], torch.Tensor]]:
+    """For each batch, in one forward pass: the tokens of its windows."""
+    # two buffers, in turn, for all batches: fresh memory would take longer than normalising
     buffers = [np.empty(0, dtype=np.float32)] * 2
 
     def prepared(batch: list[Job]) -> tuple[list[Job], np.ndarray]:
-        shape = (len(batch), 1, *batch[0][0].size)
+        shape = (len(batch), 1, *batch[0].read.size)
         buffers.reverse()
         if buffers[0].size < math.prod(shape):
             buffers[0] = np.empty(math.prod(shape), dtype=np.float32)
         windows = buffers[0][: math.prod(shape)].reshape(shape)
-        for (read, _, _), window in zip(batch, windows, strict=True):
-            processor.pixel_values(read.read(voxels), statistics, out=window[0])
+        for job, window in zip(batch, windows, strict=True):
+            processor.pixel_values(job.read.read(voxels), statistics, out=window[0])
         return batch, windows
 
     for batch, windows in _one_ahead(prepared, todo):
-        yield _logits(model, batch, windows)
+        token_mask = np.stack([job.kept for job in batch])
+        # all kept is the dense computation: without a mask it needs no gathering
+        mask = None if token_mask.all() else torch.from_numpy(token_mask).to(model.device)
+        yield batch, model.encode(torch.from_numpy(windows).to(model.device), mask)
 
 
-@torch.inference_mode()
-def _logits(model, batch: list[Job], windows: np.ndarray) -> list[tuple[Block, torch.Tensor]]:
-    token_mask = np.stack([tokens for _, _, tokens in batch])
-    # all kept is the dense computation: without a mask it needs no gathering
-    mask = None if token_mask.all() else torch.from_numpy(token_mask).to(model.device)
-    logits = model(torch.from_numpy(windows).to(model.device), mask).logits[:, 0].cpu()
-    return [(write, window) for (_, write, _), window in zip(batch, logits, strict=True)]
+def _raw(voxels, corners: np.ndarray, config) -> np.ndarray:
+    """Patches of a volume, their first voxels at `corners` (patches, 3), and a halo of `HALO` around each; its border
+    is repeated. With `center_slice` so is that of a slice's window."""
+    size = [n + 2 * HALO for n in config.painted_size]
+    found = np.empty((len(corners), *size), dtype=voxels.dtype)
+    reach = (-HALO, config.painted_size[0] + HALO - 1)
+    if config.prediction == "center_slice":
+        before = config.volume_size[0] // 2
+        reach = np.clip(reach, -before, config.volume_size[0] - 1 - before)
+    for layer, places in _by_layer(corners):
+        low, high = corners[places].min(axis=0) - HALO, corners[places].max(axis=0) + size - HALO
+        low[0], high[0] = layer + reach[0], layer + reach[1] + 1
+        slab = Block(tuple(low.tolist()), tuple((high - low).tolist())).read(voxels)
+        short = size[0] - len(slab)
+        slab = np.pad(slab, [(short // 2, short - short // 2), (0, 0), (0, 0)], mode="edge") if short else slab
+        windows = np.lib.stride_tricks.sliding_window_view(slab, size)[0]
+        _, y, x = (corners[places] - HALO - low).T
+        found[places] = windows[y, x]
+    return found
+
+
+def _write(probability: np.ndarray, box: Box, corners: np.ndarray, patches: np.ndarray) -> None:
+    """Put patches, their first voxels at `corners` (patches, 3) of the volume, where a box of it has them."""
+    size, room = np.array(patches.shape[1:]), np.array(probability.shape)
+    corners = corners - [b.start for b in box]
+    within = ((corners >= 0) & (corners + size <= room)).all(axis=1)
+    for layer, places in _by_layer(corners):
+        whole = places[within[places]]
+        if len(whole):
+            slab = probability[layer : layer + size[0]]
+            windows = np.lib.stride_tricks.sliding_window_view(slab, size, writeable=True)[0]
+            windows[corners[whole, 1], corners[whole, 2]] = patches[whole]
+        for place in places[~within[places]]:
+            low, high = np.maximum(corners[place], 0), np.minimum(corners[place] + size, room)
+            cut = map(slice, low - corners[place], high - corners[place])
+            probability[tuple(map(slice, low, high))] = patches[place][tuple(cut)]
+
+
+def _by_layer(corners: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(z, which of the corners have it), from the first on."""
+    for layer in np.unique(corners[:, 0]):
+        yield int(layer), np.flatnonzero(corners[:, 0] == layer)
 
 
 def _one_ahead(function: Callable, items: Iterable) -> Iterator:
@@ -146,36 +242,3 @@ def _one_ahead(function: Callable, items: Iterable) -> Iterator:
                 yield last.result()
         if coming is not None:
             yield coming.result()
-
-
-def assemble(
-    plan: BlockPlan,
-    results: Iterable[list[tuple[Block, np.ndarray]]],
-    box: Box | None = None,
-    activation: Callable[[torch.Tensor], torch.Tensor] = torch.sigmoid,
-) -> np.ndarray:
-    """Weighted sum of `activation` of the windows (arrays or tensors), float32, the volume's shape or that of a `box`.
-
-    A thread adds one batch while the next is computed. A block left out counts as zeros.
-    """
-    box = box or tuple(slice(0, size) for size in plan.shape)
-    volume = np.zeros([b.stop - b.start for b in box], dtype=np.float32)  # numpy asks for large pages
-
-    def add(batch: list[tuple[Block, np.ndarray]]) -> None:
-        for block, result in batch:
-            there, crop = plan.kept(block, box)
-            shares, rows, columns = plan.profiles(block, crop)
-            across, kept = torch.from_numpy(rows[:, None] * columns), torch.as_tensor(result[crop], dtype=torch.float32)
-            for plane, values, share in zip(torch.from_numpy(volume[there]), kept, shares.tolist(), strict=True):
-                plane.addcmul_(activation(values), across, value=share)  # plane by plane: in the cache
-
-    for _ in _one_ahead(add, results):
-        pass
-    return volume
-
-
-def without_faint(probability: np.ndarray) -> np.ndarray:
-    """The same array, its probabilities below 1/512 set to 0."""
-    for plane in probability:  # plane by plane: in the cache
-        plane *= plane >= FAINT
-    return probability

@@ -302,24 +302,46 @@ class ViT3DHead(nn.Module):
         token_mask: torch.Tensor | None,
         max_tokens: int | None = None,
     ) -> torch.Tensor:
-        """Fused tokens (batch, kept patches, fused) -> logits (batch, labels, depth, height, width), fp32."""
+        """Tokens as `fuse` gives them (batch, kept patches, fused) -> logits (batch, labels, depth, height, width)."""
         grid_size = tuple(n // p for n, p in zip(pixel_values.shape[2:], self.config.patch_size, strict=True))
-        painted = self.painter(self.layernorm(tokens))
         raw = self._with_halo(pixel_values)
         if token_mask is None:
-            painted = from_patches(painted, grid_size, self.config.painted_size)
+            painted = from_patches(self.painter(tokens), grid_size, self.config.painted_size)
             return self._join(functional.pad(painted, (1,) * 6), raw).float()
         indices, real = pack_tokens(token_mask.flatten(1), max_tokens)
         rows = torch.arange(len(indices), device=indices.device).unsqueeze(1).expand_as(indices)
-        places, painted, real = torch.stack([rows, indices]).flatten(1), painted.flatten(0, 1), real.flatten()
+        places, tokens, real = torch.stack([rows, indices]).flatten(1), tokens.flatten(0, 1), real.flatten()
         if max_tokens is None:  # shapes may follow the mask; else padding is computed, and then painted as background
-            places, painted, real = places[:, real], painted[real], real[real]
+            places, tokens, real = places[:, real], tokens[real], real[real]
         kept = torch.stack([places[0], *torch.unravel_index(places[1], grid_size)])
-        painted = self._painted_windows(painted, kept, real, (len(tokens), *grid_size))
-        patches = self._join(painted, self._raw_windows(raw, kept)).flatten(1).float()
-        logits = patches.new_full((len(tokens), math.prod(grid_size), patches.shape[1]), BACKGROUND_LOGIT)
+        table = torch.full((len(indices), *(n + 2 for n in grid_size)), len(tokens), device=indices.device)
+        row, z, y, x = kept
+        table[row, z + 1, y + 1, x + 1] = torch.arange(len(tokens), device=indices.device).where(real, len(tokens))
+        patches = self.paint(self.features(tokens), table, kept, self._raw_windows(raw, kept)).flatten(1)
+        logits = patches.new_full((len(indices), math.prod(grid_size), patches.shape[1]), BACKGROUND_LOGIT)
         logits[places[0], places[1]] = patches.where(real[:, None], BACKGROUND_LOGIT)
         return from_patches(logits, grid_size, self.config.painted_size)
+
+    def fuse(self, states: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """What the head paints from: an encoder's `fused_states`, without class token, (batch, kept patches, fused)."""
+        return self.layernorm(torch.cat(states, dim=-1)[:, 1:])
+
+    def features(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(patches, fused) -> what each token paints, (patches + 1, voxels, channels); the last patch is zero."""
+        painted = self.painter(tokens).unflatten(1, (-1, math.prod(self.config.painted_size)))
+        return functional.pad(painted.transpose(1, 2), (0, 0, 0, 0, 0, 1))
+
+    def paint(self, features: torch.Tensor, table: torch.Tensor, kept: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
+        """Logits of patches that lie anywhere, (patches, labels, pz, py, px), fp32.
+
+        Args:
+            features: of these patches and of those around them, as `features` gives them.
+            table: (rows, gz + 2, gy + 2, gx + 2), where in `features` the patch of a place is, with a border of one
+                patch around the grid; that of the last, zero one where none is painted. Rows do not see one another.
+            kept: (4, patches), row and place of each patch, without the border.
+            raw: (patches, channels, pz + 4, py + 4, px + 4), its normalised voxels and a halo of 2.
+        """
+        return self._join(self._painted_windows(features, table, kept), raw).float()
 
     def _with_halo(self, raw: torch.Tensor) -> torch.Tensor:
         """The stack, its border repeated `HALO` times; with `center_slice` only what the centre slice's halo needs."""
@@ -338,29 +360,20 @@ class ViT3DHead(nn.Module):
             axes.append(voxels.view(len(voxels), *[size + 2 * HALO if a == axis else 1 for a in range(3)]))
         return raw.movedim(1, -1)[row.view(-1, 1, 1, 1), axes[0], axes[1], axes[2]].movedim(-1, 1)
 
-    def _painted_windows(
-        self, painted: torch.Tensor, kept: torch.Tensor, real: torch.Tensor, grid: tuple[int, ...]
-    ) -> torch.Tensor:
-        """Painted features of the kept patches with a halo of 1 from their neighbours, zero where none is real.
+    def _painted_windows(self, features: torch.Tensor, table: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """Painted features of the kept patches with a halo of 1 from their neighbours, zero where nothing is painted.
 
-        painted (patches, channels * voxels) -> (patches, channels, pz + 2, py + 2, px + 2); the work follows the
-        kept patches, not the window.
+        -> (patches, channels, pz + 2, py + 2, px + 2); the work follows the kept patches, not the window.
         """
         size = self.config.painted_size
         row, z, y, x = (index.view(-1, 1, 1, 1) for index in kept)
-        # where a kept patch lies in `painted`; one past its end = nothing painted there
-        table = torch.full([grid[0], *(n + 2 for n in grid[1:])], len(painted), device=painted.device)
-        places = torch.arange(len(painted), device=painted.device).where(real, len(painted))
-        table[row, z + 1, y + 1, x + 1] = places.view(-1, 1, 1, 1)
-        spans = [torch.arange(-1, n + 1, device=painted.device) for n in size]
+        spans = [torch.arange(-1, n + 1, device=features.device) for n in size]
         grids = torch.meshgrid(*spans, indexing="ij")
         oz, oy, ox = (g.div(n, rounding_mode="floor") + 1 for g, n in zip(grids, size, strict=True))
         dz, dy, dx = (g % n for g, n in zip(grids, size, strict=True))
         voxels = math.prod(size)
         index = table[row, z + oz, y + oy, x + ox] * voxels + (dz * size[1] + dy) * size[2] + dx
-        # (patches, channels * voxels) -> (patches * voxels, channels), then rows of zeros for what is not painted
-        rows = painted.unflatten(1, (-1, voxels)).transpose(1, 2).flatten(0, 1)
-        return functional.embedding(index, functional.pad(rows, (0, 0, 0, voxels))).movedim(-1, 1)
+        return functional.embedding(index, features.flatten(0, 1)).movedim(-1, 1)
 
     def _join(self, painted: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
         """Painted features with a halo of 1 and raw voxels with a halo of 2 -> logits without halo."""
@@ -401,14 +414,22 @@ class ViT3DForNeuronSegmentation(ViT3DPreTrainedModel):
         Logits are fp32, (batch, num_labels, depth, height, width), in any weight dtype.
         """
         outputs = self.vit3d(pixel_values, token_mask, max_tokens, return_dict=True, **kwargs)
-        fused = torch.cat(outputs.fused_states, dim=-1)
-        logits = self.head(fused[:, 1:], pixel_values.to(fused.dtype), token_mask, max_tokens)
+        tokens = self.head.fuse(outputs.fused_states)
+        logits = self.head(tokens, pixel_values.to(tokens.dtype), token_mask, max_tokens)
         return SemanticSegmenterOutput(
             loss=segmentation_loss(logits, labels) if labels is not None else None,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def encode(self, pixel_values: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """A window's tokens as the head paints from them, (batch, kept patches, fused); arguments as for `forward`.
+
+        The kept patches come first, in raster order. Where windows share a patch, the mean of its tokens can be painted
+        once (`head.features`, `head.paint`) instead of each.
+        """
+        return self.head.fuse(self.vit3d(pixel_values, token_mask, return_dict=True).fused_states)
 
     @classmethod
     def from_2d_pretrained(
