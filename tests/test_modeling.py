@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation
 
 from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation, ViT3DImageProcessor, ViT3DModel
+from vit3d.model import modeling_vit3d
 from vit3d.model.modeling_vit3d import (
     BACKGROUND_LOGIT,
     HALO,
@@ -108,6 +109,28 @@ def test_windows_of_kept_patches_are_those_of_the_dense_volume(prediction):
     assert torch.equal(found, dense_windows(dense, size, 1, kept))
     raw = head._with_halo(window(prediction, 2))
     assert torch.equal(head._raw_windows(raw, kept), dense_windows(raw, size, HALO, kept))
+
+
+@pytest.mark.parametrize("scores", [7, 600, 2**18])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_blocks_is_attention(scores, masked, monkeypatch):
+    monkeypatch.setattr(modeling_vit3d, "SCORES_AT_ONCE", scores)
+    query, key, value = (torch.randn(3, 19, 2, 8).transpose(1, 2) for _ in range(3))
+    seen = (torch.arange(19) < torch.tensor([19, 4, 11])[:, None])[:, None, None].expand(3, 1, 19, 19)
+    mask = seen if masked else None
+    expected = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3).transpose(1, 2)
+    found, _ = modeling_vit3d.blocked_attention_forward(None, query, key, value, mask, 0.3)
+    assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_inference_in_bf16_on_a_cpu_attends_in_blocks_and_gives_the_same(prediction, monkeypatch):
+    model = tiny_model(prediction).to(torch.bfloat16)
+    inputs, mask = window(prediction, 2).to(torch.bfloat16), grid_mask(prediction, batch=2, share=0.6)
+    expected = model(inputs, mask).logits
+    monkeypatch.setattr(modeling_vit3d, "_is_slow_when_fused", lambda _: False)
+    assert_close(model(inputs, mask).logits, expected, atol=0.1, rtol=0.05)
+    assert not torch.equal(model(inputs, mask).logits, expected)
 
 
 def test_kept_patches_come_first_in_raster_order_and_padding_is_marked():
