@@ -210,7 +210,17 @@ def _blank_slice(voxels):
     return voxels
 
 
+def _deskewed(voxels):
+    """Each slice lies further along y, as in a light sheet's stack: most of the box was never imaged."""
+    depth, height, width = voxels.shape
+    wide = np.zeros((depth, height + 8 * depth, width), voxels.dtype)
+    for z, plane in enumerate(voxels):
+        wide[z, 8 * z : 8 * z + height] = plane
+    return wide
+
+
 FRAMES = {
+    "deskewed": _deskewed,
     "band": lambda voxels: np.pad(voxels, ((0, 0), (5, 0), (0, 0))),
     "slice": _blank_slice,
     "corners": lambda voxels: ndimage.rotate(voxels, 20, axes=(1, 2), order=1),
@@ -237,9 +247,12 @@ def test_voxels_that_were_never_imaged_count_as_background(polarity, frame):
 
 
 @pytest.mark.parametrize("polarity", ["bright", "dark"])
-def test_a_mask_a_cleaned_and_a_saturated_stack_hold_no_voxels_that_were_never_imaged(polarity):
+def test_a_mask_a_cleaned_soma_and_a_saturated_stack_hold_no_voxels_that_were_never_imaged(polarity):
     noisy = neurite(4.0, background=20)
+    _, y, x = np.indices(noisy.shape)
+    soma = np.hypot(y - noisy.shape[1] / 2, x - noisy.shape[2] / 2) < 0.3 * noisy.shape[1]
     for voxels in (
+        np.where(soma, 150 + noisy, 0).clip(0, 255),
         np.where(noisy > 90, 255, 0),
         np.where(noisy > 60, noisy, 0),
         np.clip(noisy.astype(int) * 2, 0, 255),

@@ -25,7 +25,8 @@ _TILE = (16, 64, 128)  # blurred at once: in the cache
 CELL = (4, 16, 16)  # voxels over which the ground is averaged; whole cells make a tile
 _FEWEST_LEVELS = 20  # a stack of fewer grey levels has finer noise than one
 _FILL_SAMPLE = 1_000_000  # voxels
-_LEAST_FILL, _MOST_BETWEEN = 5e-4, 0.1  # shares: of all voxels, and of those that were never imaged
+_LEAST_FILL, _MOST_FILL = 5e-4, 0.95  # shares of all voxels
+_MOST_BETWEEN = 0.1  # share of those that were never imaged
 _UNEVEN_TAILS = 1.3  # a tail so many times the other one is no noise
 _MIN_CONTRAST = 3.0  # upper bound at least this many noises above the background
 
@@ -363,15 +364,15 @@ def _grey_level(slabs: list[np.ndarray], sample: np.ndarray, background: float, 
 def _fill(slabs: list[np.ndarray]) -> tuple[float | None, float]:
     """The level of voxels that were never imaged, None where there are none, and the median of the others.
 
-    It is the lowest one, where many voxels have it exactly, though not most as in a cleaned stack, and next to none lie
-    in the lower half of what is between it and the noise of the others.
+    It is the lowest one, where many voxels have it exactly, and next to none lie in the lower half of what is between
+    it and the noise of the others. Where most have it, as in a cleaned stack, the others must lie in one piece.
     """
     every = 1 + sum(slab.size for slab in slabs) // _FILL_SAMPLE
     values = np.concatenate([slab.reshape(-1)[::every] for slab in slabs])
     lowest = values.min()
     rest = values[values != lowest]
     filled = values.size - rest.size
-    if not _LEAST_FILL * values.size <= filled <= values.size / 2:
+    if not _LEAST_FILL * values.size <= filled <= _MOST_FILL * values.size:
         return None, 0.0
     rest = rest.astype(np.float32)
     middle = _median(rest)
@@ -379,7 +380,20 @@ def _fill(slabs: list[np.ndarray]) -> tuple[float | None, float]:
     few = len(np.unique(rest)) < _FEWEST_LEVELS  # what is no mask has noise
     between = (rest < (lowest + limit) / 2).sum()  # dark neurites lie above that
     is_fill = not few and lowest < limit and between <= _MOST_BETWEEN * filled
+    is_fill = is_fill and (2 * filled <= values.size or _in_one_piece(slabs, lowest))
     return float(lowest) if is_fill else None, middle
+
+
+def _in_one_piece(slabs: list[np.ndarray], lowest) -> bool:
+    """Four in five cells with a voxel above the lowest level hold no other: on a cleaned ground even somata do not."""
+    some = whole = 0
+    for slab in slabs:
+        above = slab[:: CELL[0]] != lowest
+        above = above[:, : above.shape[1] // CELL[1] * CELL[1], : above.shape[2] // CELL[2] * CELL[2]]
+        cells = above.reshape(len(above), -1, CELL[1], above.shape[2] // CELL[2], CELL[2])
+        some += np.count_nonzero(cells.any(axis=(2, 4)))
+        whole += np.count_nonzero(cells.all(axis=(2, 4)))
+    return whole > 0.8 * some
 
 
 def _filled(slab: np.ndarray, fill: float) -> np.ndarray:
