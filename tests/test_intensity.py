@@ -210,6 +210,14 @@ def _blank_slice(voxels):
     return voxels
 
 
+@pytest.mark.parametrize("width", [198, 200, 201, 231])
+def test_statistics_see_every_column(width):
+    """Of a large stack one voxel in so many is looked at: of other columns in each row, whatever the width."""
+    voxels = np.random.default_rng(0).normal(100, 5, (100, 200, width))
+    voxels[:, 60:140, 101:103] = voxels[50:52, :, 101:103] = 220
+    assert measure(voxels.clip(0, 255).astype(np.uint8)).bright == pytest.approx(177, abs=4)
+
+
 def _deskewed(voxels):
     """Each slice lies further along y, as in a light sheet's stack: most of the box was never imaged."""
     depth, height, width = voxels.shape

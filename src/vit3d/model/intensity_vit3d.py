@@ -4,6 +4,7 @@ Numpy only. Everything is measured once per volume and then applied to any box o
 block would draw seams. Arrays are (depth, height, width).
 """
 
+import math
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import product
@@ -93,8 +94,10 @@ def measure(voxels, polarity: str = "auto") -> IntensityStatistics:
     check_polarity(polarity)
     slabs = _sample(voxels)
     fill, middle = _fill(slabs)
-    # blurred neighbours say the same, and a million voxels all: an odd one in so many, for rows are of even length
-    thin = 1 + 2 * (sum(slab.size for slab in slabs) // (2 * _MEASURED_VOXELS))
+    # blurred neighbours say the same, and a million voxels all; one in so many, other columns in each row and slice
+    thin = 1 + sum(slab.size for slab in slabs) // _MEASURED_VOXELS
+    while math.gcd(thin, slabs[0][0].size) > 1:
+        thin += 1
     imaged = slice(None)  # of the sample
     if fill is not None:
         filled = [_filled(slab, fill) for slab in slabs]
