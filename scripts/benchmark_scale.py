@@ -21,6 +21,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -68,14 +69,14 @@ class Stub(nn.Module):
     def head(self) -> "Stub":
         return self
 
-    def encode(self, pixel_values, token_mask=None):
+    def forward(self, pixel_values, token_mask=None, *, encode_only):
         start, cpu = time.perf_counter(), time.thread_time()
         time.sleep(self.sleep_s + self.window_s * len(pixel_values))
         kept = np.prod(self.config.grid_size) if token_mask is None else token_mask.flatten(1).sum(1).max()
         tokens = torch.ones(len(pixel_values), int(kept), 1)
         self.cpu_s += time.thread_time() - cpu
         self.wall_s += time.perf_counter() - start
-        return tokens
+        return SimpleNamespace(tokens=tokens)
 
     def features(self, tokens):
         return torch.zeros(len(tokens) + 1, 1, 1)

@@ -133,6 +133,13 @@ def test_inference_in_bf16_on_a_cpu_attends_in_blocks_and_gives_the_same(predict
     assert not torch.equal(model(inputs, mask).logits, expected)
 
 
+@torch.no_grad()
+def test_attention_drops_out_in_bf16_on_a_cpu_too_while_training(prediction):
+    model = tiny_model(prediction, attention_probs_dropout_prob=0.5).to(torch.bfloat16).train()
+    inputs = window(prediction, 2).to(torch.bfloat16)
+    assert not torch.equal(model(inputs).logits, model(inputs).logits)
+
+
 def test_kept_patches_come_first_in_raster_order_and_padding_is_marked():
     indices, real = pack_tokens(torch.tensor([[0, 1, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]]).bool())
     assert indices[0].tolist() == [1, 3]

@@ -501,9 +501,9 @@ class SleepingNetwork(OneVoxelNetwork):
         super().__init__()
         self.config = ViT3DConfig(volume_size=(16, 48, 48))
 
-    def encode(self, pixel_values, token_mask=None):
+    def forward(self, pixel_values, token_mask=None, *, encode_only):
         time.sleep(0.02)
-        return super().encode(pixel_values, token_mask)
+        return super().forward(pixel_values, token_mask, encode_only=encode_only)
 
 
 def work(source: Path, out: Path, rank: int = 0, ranks: int = 1, largest_file: int | None = None) -> None:

@@ -8,6 +8,7 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -50,9 +51,9 @@ class Photograph(torch.nn.Module):
     def head(self):
         return self
 
-    def encode(self, pixel_values, token_mask=None):
+    def forward(self, pixel_values, token_mask=None, *, encode_only):
         kept = np.prod(CONFIG.grid_size) if token_mask is None else token_mask.flatten(1).sum(1).max()
-        return torch.zeros(len(pixel_values), int(kept), 1)
+        return SimpleNamespace(tokens=torch.zeros(len(pixel_values), int(kept), 1))
 
     def features(self, tokens):
         return torch.zeros(len(tokens) + 1, 1, 1)

@@ -2,6 +2,8 @@
 
 import time
 from itertools import pairwise
+from threading import Lock
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,7 +39,7 @@ class OneVoxelNetwork(nn.Module):
     def head(self) -> "OneVoxelNetwork":
         return self
 
-    def encode(self, pixel_values: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor, token_mask: torch.Tensor | None = None, *, encode_only: bool):
         self.batches.append(len(pixel_values))
         if self.config.prediction == "center_slice":
             pixel_values = pixel_values[:, :, pixel_values.shape[2] // 2][:, :, None]
@@ -45,7 +47,7 @@ class OneVoxelNetwork(nn.Module):
         if token_mask is not None:
             kept = [window[mask] for window, mask in zip(tokens, token_mask.flatten(1), strict=True)]
             tokens = nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=torch.nan)
-        return tokens
+        return SimpleNamespace(tokens=tokens)
 
     def features(self, tokens: torch.Tensor) -> torch.Tensor:
         return functional.pad(tokens[..., None], (0, 0, 0, 0, 0, 1))
@@ -147,15 +149,16 @@ def test_the_next_batch_is_read_while_the_network_works(monkeypatch):
         return result
 
     class PatientNetwork(OneVoxelNetwork):
-        def encode(self, pixel_values, token_mask=None):
-            super().encode(pixel_values, token_mask)
+        def forward(self, pixel_values, token_mask=None, *, encode_only):
+            super().forward(pixel_values, token_mask, encode_only=encode_only)
             done = len(self.batches)
             deadline = time.monotonic() + 10
             while len(looked_up) < min(done + 1, windows):
                 assert time.monotonic() < deadline, "nothing went on while the network worked"
                 time.sleep(0.001)
             self.batches.pop()
-            return super().encode(pixel_values, token_mask)  # as it is now: nobody may have written into it
+            # as the values are now: nobody may have written into them
+            return super().forward(pixel_values, token_mask, encode_only=encode_only)
 
     network = PatientNetwork()
     windows = len(list(window_plan(voxels.shape, network.config)))
@@ -265,9 +268,9 @@ def test_a_patch_in_two_windows_is_painted_once_from_the_mean_of_what_both_say()
     """Each window says its number; what is painted goes from one to the other as the weights do."""
 
     class NumberedNetwork(OneVoxelNetwork):
-        def encode(self, pixel_values, token_mask=None):
-            tokens = super().encode(pixel_values, token_mask)
-            return torch.full_like(tokens, float(len(self.batches)))
+        def forward(self, pixel_values, token_mask=None, *, encode_only):
+            tokens = super().forward(pixel_values, token_mask, encode_only=encode_only).tokens
+            return SimpleNamespace(tokens=torch.full_like(tokens, float(len(self.batches))))
 
         def paint(self, features, table, kept, raw):
             painted.extend(zip(*kept.tolist(), strict=True))
@@ -290,6 +293,7 @@ def test_what_is_painted_early_is_what_would_be_painted_at_the_end(prediction, a
     late = segment(model, volume).voxels
     monkeypatch.setattr("vit3d.model.inference_vit3d.TOKENS_PER_GROUP", 1)
     monkeypatch.setattr("vit3d.model.canvas_vit3d.PAINTED_AT_ONCE", at_once)
+    monkeypatch.setattr("vit3d.model.canvas_vit3d.TURNED_TO_FEATURES", 3 * at_once)
     assert_allclose(segment(model, volume).voxels, late, atol=1e-5)
 
 
@@ -300,7 +304,7 @@ def test_no_more_layers_are_held_than_the_windows_under_way_add_to(prediction, m
 
     def spy(self, batch, tokens):
         add(self, batch, tokens)
-        held.append(len(self._tokens) + len(self._features))
+        held.append(len(self._tokens))
 
     monkeypatch.setattr(Canvas, "add", spy)
     voxels = noise((120, 16, 24))
@@ -309,16 +313,54 @@ def test_no_more_layers_are_held_than_the_windows_under_way_add_to(prediction, m
     assert max(held) <= 5
 
 
-def test_a_stack_on_disk_is_read_in_windows_and_layers(network):
+def test_a_stack_on_disk_is_read_in_windows_and_layers_by_one_at_a_time(network, monkeypatch):
     class OnDisk:
-        shape, dtype = (60, 40, 53), np.dtype(np.uint8)
+        """One file, which can be read at one place at a time."""
+
+        shape, dtype, is_free = (60, 40, 53), np.dtype(np.uint8), Lock()
 
         def __getitem__(self, box):
+            assert self.is_free.acquire(blocking=False)
             read.append([b.stop - b.start for b in box])
+            time.sleep(0.001)
+            self.is_free.release()
             return voxels[box]
 
+    monkeypatch.setattr("vit3d.model.inference_vit3d.TOKENS_PER_GROUP", 1)
     voxels, read = noise((60, 40, 53)), []
     processor = ViT3DImageProcessor.from_config(network.config)
     found = predict(network, OnDisk(), processor=processor, statistics=processor.measure(voxels), select=False)
     assert_allclose(found, network.whole(voxels), atol=1e-5)
     assert max(depth for depth, _, _ in read) == 8
+
+
+def test_a_network_that_fails_does_not_wait_for_what_is_still_to_be_painted(monkeypatch):
+    class FailingNetwork(OneVoxelNetwork):
+        def forward(self, pixel_values, token_mask=None, *, encode_only):
+            if len(self.batches) == 3:
+                time.sleep(0.1)
+                raise KeyboardInterrupt
+            return super().forward(pixel_values, token_mask, encode_only=encode_only)
+
+        def paint(self, *arguments):
+            painted.append(1)
+            time.sleep(0.05)
+            return super().paint(*arguments)
+
+    painted = []
+    monkeypatch.setattr("vit3d.model.inference_vit3d.TOKENS_PER_GROUP", 1)
+    monkeypatch.setattr("vit3d.model.canvas_vit3d.PAINTED_AT_ONCE", 1)
+    with pytest.raises(KeyboardInterrupt):
+        segment(FailingNetwork(), Volume(noise((60, 16, 24))), select=False, batch_size=1)
+    assert 6 <= len(painted) < 11  # of two layers of six patches, the first was waited for
+
+
+def test_what_is_hung_onto_a_network_or_compiled_is_used():
+    """Hooks, `torch.compile` and accelerate's mixed precision all wrap `forward`."""
+    model, volume, called = tiny_model("volume"), Volume(fibre()), []
+    expected = segment(model, volume).voxels
+    model.register_forward_pre_hook(lambda _, inputs: called.append(len(inputs[0])))
+    model.compile(backend=lambda graph, _: called.append("compiled") or graph.forward)
+    assert_allclose(segment(model, volume).voxels, expected, atol=1e-5)
+    assert "compiled" in called
+    assert sum(count for count in called if count != "compiled") > 4

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..model.blocks_vit3d import Block
-from ..model.canvas_vit3d import PAINTED_AT_ONCE, Job
+from ..model.canvas_vit3d import TURNED_TO_FEATURES, Job
 from ..model.image_processing_vit3d import ViT3DImageProcessor
 from ..model.inference_vit3d import PATCHES_PER_BATCH, TOKENS_PER_BATCH, TOKENS_PER_GROUP, predict_box, window_plan
 from ..model.intensity_vit3d import CELL, IntensityStatistics
@@ -49,13 +49,13 @@ def working_bytes(layout: Layout, config, volume: Volume) -> int:
 
 
 def _canvas_bytes(layout: Layout, config) -> float:
-    """Tokens of the layers that a group of windows adds to, and what the head paints of those painted together."""
+    """Tokens of the layers that a group of windows adds to, or that wait to be painted, and what a band paints."""
     size = config.painted_size
     depth, rows, columns = (b // p + 2 for b, p in zip(layout.box, size, strict=True))
     layer, fused = rows * columns, len(config.fused_layers) * config.hidden_size
-    tokens = min(depth * layer, (config.output_size[0] // size[0] + 2) * layer + TOKENS_PER_GROUP)
-    painted = min(depth * layer, 3 * layer + PAINTED_AT_ONCE) * config.head_channels * np.prod(size)
-    return 4.0 * (tokens * fused + 2 * painted)
+    tokens = min(depth * layer, (config.output_size[0] // size[0] + 4) * layer + TOKENS_PER_GROUP)
+    turned = 3 * min(depth * layer, TURNED_TO_FEATURES + 2 * columns) * config.head_channels * np.prod(size)
+    return 4.0 * (tokens * fused + turned)
 
 
 def _voxels_around(layout: Layout, around: list[int]) -> float:

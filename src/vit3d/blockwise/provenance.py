@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..model.canvas_vit3d import PAINTED_AT_ONCE
+from ..model.canvas_vit3d import PAINTED_AT_ONCE, TURNED_TO_FEATURES
 from ..model.inference_vit3d import (
     FAINT,
     FREE_PADDING,
@@ -19,6 +19,7 @@ from ..model.inference_vit3d import (
     TOKENS_PER_BATCH,
     TOKENS_PER_GROUP,
 )
+from ..model.modeling_vit3d import SCORES_AT_ONCE
 from ..volume import Volume
 from .block_store import LEVELS, BlockStore, differences
 
@@ -40,7 +41,8 @@ def identity_of(model, volume: Volume, processor, select: bool) -> dict:
             "tokens_per_batch": TOKENS_PER_BATCH,
             "patches_per_batch": PATCHES_PER_BATCH,
             "tokens_per_group": TOKENS_PER_GROUP,
-            "painted_at_once": PAINTED_AT_ONCE,
+            "scores_at_once": SCORES_AT_ONCE,
+            "painted_at_once": [PAINTED_AT_ONCE, TURNED_TO_FEATURES],
             "padded": [MOST_PADDED, FREE_PADDING],
             "faint": FAINT,
             "rounded_to": LEVELS,

@@ -9,6 +9,8 @@ import torch
 from .blocks_vit3d import Block, BlockPlan, Box
 
 PAINTED_AT_ONCE = 1024  # patches
+TURNED_TO_FEATURES = 4 * PAINTED_AT_ONCE  # those around them as well, so that few are turned again
+_LAYERS_AT_ONCE = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +30,8 @@ class Canvas:
     """The kept patches of a box and those beside them: the mean of each one's tokens, then what the head paints.
 
     Patches are told by their places (z, y, x) in a grid, of which the first and the last along each axis lie outside
-    the box; a layer is what has the same z. Of a layer only its tokens are held until no window comes that adds to it
-    or to the next, then what it paints until the next is painted: memory follows the windows' depth, not the volume's.
+    the box; a layer is what has the same z. A layer's tokens are held until no window comes that adds to it and the
+    next is painted: memory follows the windows' depth, not the volume's. What tokens paint is held for a band of rows.
 
     Args:
         model: what encodes and paints: its `config`, `device` and `head`.
@@ -59,7 +61,6 @@ class Canvas:
         kept = self._total.reshape(self._shape[0], -1) > 0
         self._rank = np.cumsum(kept, axis=1).reshape(self._shape) - 1  # of a patch in its layer
         self._tokens: dict[int, torch.Tensor] = {}
-        self._features: dict[int, torch.Tensor] = {}
         self._num_added = self._num_painted = 0  # batches, layers
 
     def _met(self, job: Job) -> tuple[Box, Box, np.ndarray]:
@@ -107,52 +108,60 @@ class Canvas:
         """
         while self._num_painted < stop:
             first, last = self._num_painted, self._num_painted + 1
-            while last < stop and sum(map(len, self._places[first : last + 1])) <= PAINTED_AT_ONCE:
+            most = min(stop, first + _LAYERS_AT_ONCE)
+            while last < most and sum(map(len, self._places[first : last + 1])) <= TURNED_TO_FEATURES:
                 last += 1
-            yield from self._paint(first, last, raw)
+            for rows in self._bands(first, last):
+                yield from self._paint(first, last, rows, raw)
             self._num_painted = last
+            for layer in [layer for layer in self._tokens if layer < last - (not self._apart)]:
+                del self._tokens[layer]
 
-    def _paint(self, first: int, last: int, raw) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        """The layers from `first` to before `last`, as far as they lie in the box."""
+    def _bands(self, first: int, last: int) -> Iterator[slice]:
+        """Rows (y) of these layers, as many as hold `TURNED_TO_FEATURES` patches, within the box."""
+        counts = (self._total[first:last] > 0).sum(axis=(0, 2))[1:-1]
+        begin, many = 1, 0
+        for row, count in enumerate(counts.tolist(), 1):
+            if many and many + count > TURNED_TO_FEATURES:
+                yield slice(begin, row)
+                begin, many = row, 0
+            many += count
+        if many:
+            yield slice(begin, len(counts) + 1)
+
+    def _paint(self, first: int, last: int, rows: slice, raw) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """These rows of the layers from `first` to before `last`, as far as they lie in the box."""
+        begin, end = max(first, 1), min(last, self._shape[0] - 1)
+        places = np.argwhere(self._total[begin : max(begin, end), rows, 1:-1]) + np.array([begin, rows.start, 1])
+        if not len(places):
+            return
         around = 0 if self._apart else 1
-        seen = range(max(first - around, 0), min(last + around, len(self._places)))
-        for layer in seen:
+        seen = range(max(first - around, 0), min(last + around, self._shape[0]))
+        wider = slice(rows.start - 1, rows.stop + 1)
+        features = self._head.features(self._tokens_within(seen, wider))
+        table = torch.from_numpy(self._table(seen, wider)).to(self._device)
+        for part in np.split(places, range(PAINTED_AT_ONCE, len(places), PAINTED_AT_ONCE)):
+            z, y, x = (part - (seen.start, wider.start, 0)).T
+            zero = np.zeros_like(z)
+            kept = np.stack([z, zero, y, x] if self._apart else [zero, z - 1, y, x])
+            corners = (part + self._low) * self._size + self._first
+            windows = raw(corners).to(features.dtype)
+            yield corners, self._head.paint(features, table, torch.from_numpy(kept).to(self._device), windows)
+
+    def _tokens_within(self, layers: range, rows: slice) -> torch.Tensor:
+        """The tokens of some rows of some layers, in raster order."""
+        parts = []
+        for layer in layers:
             if layer in self._tokens:
-                self._features[layer] = self._head.features(self._tokens.pop(layer).to(self._dtype))
-        places = self._in_box(first, last)
-        if len(places):
-            held = [layer for layer in seen if layer in self._features]
-            features = torch.cat([self._features[layer][:-1] for layer in held] + [self._features[held[-1]][-1:]])
-            table = torch.from_numpy(self._table(seen, held, len(features) - 1)).to(self._device)
-            for part in np.split(places, range(PAINTED_AT_ONCE, len(places), PAINTED_AT_ONCE)):
-                z, y, x = part.T
-                zero = np.zeros_like(z)
-                kept = np.stack([z - first, zero, y, x] if self._apart else [zero, z - seen.start - 1, y, x])
-                corners = (part + self._low) * self._size + self._first
-                windows = raw(corners).to(features.dtype)
-                yield corners, self._head.paint(features, table, torch.from_numpy(kept).to(self._device), windows)
-        for layer in range(first - 1, last - around):
-            self._features.pop(layer, None)
+                begin, end = np.searchsorted(self._places[layer][:, 0], (rows.start, rows.stop))
+                parts.append(self._tokens[layer][begin:end])
+        return torch.cat(parts).to(self._dtype)
 
-    def _in_box(self, first: int, last: int) -> np.ndarray:
-        """The kept patches of these layers that lie in the box, (patches, 3), in raster order."""
-        _, rows, columns = self._shape
-        layers = range(max(first, 1), min(last, len(self._places) - 1))
-        places = [np.insert(self._places[layer], 0, layer, axis=1) for layer in layers]
-        places = np.concatenate(places) if places else np.empty((0, 3), dtype=int)
-        y, x = places[:, 1], places[:, 2]
-        return places[(y > 0) & (y < rows - 1) & (x > 0) & (x < columns - 1)]
-
-    def _table(self, seen: range, held: list[int], nothing: int) -> np.ndarray:
-        """Where the features of each place of the layers seen are, as the head's `paint` wants it."""
-        _, rows, columns = self._shape
-        table, begin = np.full((len(seen), rows + 2, columns + 2), nothing), 0
-        for layer in held:
-            y, x = self._places[layer].T + 1
-            table[layer - seen.start, y, x] = np.arange(begin, begin + len(y))
-            begin += len(y)
-        if not self._apart:
-            return table[None]
-        apart = np.full((len(seen), 3, rows + 2, columns + 2), nothing)
-        apart[:, 1] = table
-        return apart
+    def _table(self, layers: range, rows: slice) -> np.ndarray:
+        """Where among their features that of each place is, as the head's `paint` wants it."""
+        kept = self._total[layers.start : layers.stop, rows] > 0
+        count = np.count_nonzero(kept)
+        table = np.where(kept, np.cumsum(kept).reshape(kept.shape) - 1, count)
+        if self._apart:
+            return np.pad(table[:, None], [(0, 0), (1, 1), (1, 1), (1, 1)], constant_values=count)
+        return np.pad(table[None], [(0, 0), (0, 0), (1, 1), (1, 1)], constant_values=count)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
+from threading import Event, Lock
 
 import numpy as np
 import torch
@@ -137,7 +138,8 @@ def predict_box(
     """
     box = box or tuple(slice(0, size) for size in plan.shape)
     probability = np.zeros([b.stop - b.start for b in box], dtype=np.float32)  # numpy asks for large pages
-    canvas = Canvas(model, plan, todo, box)
+    canvas, given_up = Canvas(model, plan, todo, box), Event()
+    voxels = voxels if isinstance(voxels, np.ndarray) else _OneReader(voxels)
 
     def raw(corners: np.ndarray) -> torch.Tensor:
         values = processor.pixel_values(_raw(voxels, corners, model.config).reshape(len(corners), -1), statistics)
@@ -146,21 +148,38 @@ def predict_box(
     @torch.inference_mode()
     def paint(stop: int) -> None:
         for corners, logits in canvas.painted(stop, raw):
+            if given_up.is_set():
+                return
             found = logits[:, 0].sigmoid()
             _write(probability, box, corners, found.masked_fill_(found < FAINT, 0).cpu().numpy())
 
     with ThreadPoolExecutor(1) as painter:
-        begun, painting = 0, None
-        for batch, tokens in _encoded(model, voxels, progress(todo), processor, statistics):
-            canvas.add(batch, tokens)
-            if canvas.num_known > begun:
-                if painting is not None:
-                    painting.result()
-                begun = canvas.num_known
-                painting = painter.submit(paint, begun)
-        if painting is not None:
-            painting.result()
+        try:
+            begun, painting = 0, None
+            for batch, tokens in _encoded(model, voxels, progress(todo), processor, statistics):
+                canvas.add(batch, tokens)
+                if canvas.num_known > begun:
+                    if painting is not None:
+                        painting.result()
+                    begun = canvas.num_known
+                    painting = painter.submit(paint, begun)
+            if painting is not None:
+                painting.result()
+        except BaseException:  # an interrupt as well: nobody waits for what is still to be painted
+            given_up.set()
+            raise
     return probability
+
+
+class _OneReader:
+    """Voxels that two threads may read from, one at a time."""
+
+    def __init__(self, voxels):
+        self.shape, self.dtype, self._voxels, self._lock = voxels.shape, voxels.dtype, voxels, Lock()
+
+    def __getitem__(self, box: Box) -> np.ndarray:
+        with self._lock:
+            return np.asarray(self._voxels[box])
 
 
 def _encoded(
@@ -184,7 +203,7 @@ def _encoded(
         token_mask = np.stack([job.kept for job in batch])
         # all kept is the dense computation: without a mask it needs no gathering
         mask = None if token_mask.all() else torch.from_numpy(token_mask).to(model.device)
-        yield batch, model.encode(torch.from_numpy(windows).to(model.device), mask)
+        yield batch, model(torch.from_numpy(windows).to(model.device), mask, encode_only=True).tokens
 
 
 def _raw(voxels, corners: np.ndarray, config) -> np.ndarray:

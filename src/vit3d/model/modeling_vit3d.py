@@ -182,7 +182,7 @@ class ViT3DAttention(nn.Module):
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        if self.config._attn_implementation == "sdpa" and _is_slow_when_fused(hidden_states):
+        if self.config._attn_implementation == "sdpa" and not self.training and _is_slow_when_fused(hidden_states):
             attend = blocked_attention_forward
         context, weights = attend(
             self,
@@ -412,6 +412,13 @@ class ViT3DHead(nn.Module):
         return self.classifier(functional.gelu(self.mix(features)))
 
 
+@dataclass
+class ViT3DSegmentationOutput(SemanticSegmenterOutput):
+    """`tokens`: what the head paints from, with `encode_only`."""
+
+    tokens: torch.Tensor | None = None
+
+
 class ViT3DForNeuronSegmentation(ViT3DPreTrainedModel):
     """Stack -> one logit per voxel that it belongs to a neurite (sigmoid gives the probability)."""
 
@@ -430,8 +437,9 @@ class ViT3DForNeuronSegmentation(ViT3DPreTrainedModel):
         token_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         max_tokens: int | None = None,
+        encode_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> SemanticSegmenterOutput:
+    ) -> "ViT3DSegmentationOutput":
         r"""
         Args:
             pixel_values: (batch, channels, depth, height, width), every size a multiple of the patch.
@@ -441,26 +449,23 @@ class ViT3DForNeuronSegmentation(ViT3DPreTrainedModel):
                 `prediction="center_slice"`. The loss is of one label: not with another `num_labels`.
             max_tokens: with a `token_mask`, pad to so many patches in place of the longest row, which may not keep
                 more: what is computed then has a fixed shape, and `torch.compile(fullgraph=True)` takes it.
+            encode_only: give the `tokens` that the head paints from, (batch, kept patches, fused), kept ones first and
+                in raster order, and no logits. Where windows share a patch, the mean of its tokens can be painted once
+                (`head.features`, `head.paint`).
 
         Logits are fp32, (batch, num_labels, depth, height, width), in any weight dtype.
         """
         outputs = self.vit3d(pixel_values, token_mask, max_tokens, return_dict=True, **kwargs)
         tokens = self.head.fuse(outputs.fused_states)
+        if encode_only:
+            return ViT3DSegmentationOutput(tokens=tokens)
         logits = self.head(tokens, pixel_values.to(tokens.dtype), token_mask, max_tokens)
-        return SemanticSegmenterOutput(
+        return ViT3DSegmentationOutput(
             loss=segmentation_loss(logits, labels) if labels is not None else None,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def encode(self, pixel_values: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """A window's tokens as the head paints from them, (batch, kept patches, fused); arguments as for `forward`.
-
-        The kept patches come first, in raster order. Where windows share a patch, the mean of its tokens can be painted
-        once (`head.features`, `head.paint`) instead of each.
-        """
-        return self.head.fuse(self.vit3d(pixel_values, token_mask, return_dict=True).fused_states)
 
     @classmethod
     def from_2d_pretrained(
