@@ -100,9 +100,8 @@ class Canvas:
     ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """The patches of the known layers before `stop` that were not yet painted, some at a time.
 
-        -> (first voxels in the volume, (patches, 3); logits, (patches, labels, pz, py, px)) in raster order.
-
-        A thread may call this while another adds.
+        -> (first voxels in the volume, (patches, 3); logits, (patches, labels, pz, py, px)). A thread may do this while
+        another adds.
 
         raw: from such first voxels the normalised voxels with a halo, as the head wants them.
         """
@@ -114,8 +113,9 @@ class Canvas:
             for rows in self._bands(first, last):
                 yield from self._paint(first, last, rows, raw)
             self._num_painted = last
-            for layer in [layer for layer in self._tokens if layer < last - (not self._apart)]:
-                del self._tokens[layer]
+            for layer in list(self._tokens):  # at once: the other thread puts new ones in
+                if layer < last - (not self._apart):
+                    del self._tokens[layer]
 
     def _bands(self, first: int, last: int) -> Iterator[slice]:
         """Rows (y) of these layers, as many as hold `TURNED_TO_FEATURES` patches, within the box."""
