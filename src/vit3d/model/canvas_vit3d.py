@@ -76,16 +76,17 @@ class Canvas:
         for job, found in zip(batch, tokens, strict=True):
             there, inside, weights = self._met(job)
             order = (np.cumsum(job.kept) - 1).reshape(job.kept.shape)[inside]
-            shares = weights / np.maximum(self._total[there], np.finfo(np.float32).tiny)
-            for layer, share, index in zip(range(there[0].start, there[0].stop), shares, order, strict=True):
-                kept = share > 0
-                if kept.any():
-                    arrays = (self._rank[layer][there[1:]][kept], index[kept], share[kept])
-                    rows, chosen, factor = (torch.from_numpy(array).to(self._device) for array in arrays)
+            kept = weights > 0
+            counts = kept.sum(axis=(1, 2)).tolist()
+            arrays = (self._rank[there][kept], order[kept], weights[kept] / self._total[there][kept])
+            rows, chosen, share = (torch.from_numpy(array).to(self._device) for array in arrays)
+            shared = found[chosen].float() * share[:, None]
+            layers = range(there[0].start, there[0].stop)
+            for layer, into, part in zip(layers, rows.split(counts), shared.split(counts), strict=True):
+                if len(part):
                     if layer not in self._tokens:
-                        shape = (len(self._places[layer]), found.shape[1])
-                        self._tokens[layer] = torch.zeros(shape, dtype=torch.float32, device=self._device)
-                    self._tokens[layer].index_add_(0, rows, found[chosen].float() * factor[:, None])
+                        self._tokens[layer] = part.new_zeros(len(self._places[layer]), part.shape[1])
+                    self._tokens[layer].index_add_(0, into, part)
         self._dtype = tokens.dtype
         self._num_added += 1
 
@@ -160,8 +161,8 @@ class Canvas:
     def _table(self, layers: range, rows: slice) -> np.ndarray:
         """Where among their features that of each place is, as the head's `paint` wants it."""
         kept = self._total[layers.start : layers.stop, rows] > 0
-        count = np.count_nonzero(kept)
-        table = np.where(kept, np.cumsum(kept).reshape(kept.shape) - 1, count)
+        nothing = np.count_nonzero(kept)
+        table = np.where(kept, np.cumsum(kept).reshape(kept.shape) - 1, nothing)
         if self._apart:
-            return np.pad(table[:, None], [(0, 0), (1, 1), (1, 1), (1, 1)], constant_values=count)
-        return np.pad(table[None], [(0, 0), (0, 0), (1, 1), (1, 1)], constant_values=count)
+            return np.pad(table[:, None], [(0, 0), (1, 1), (1, 1), (1, 1)], constant_values=nothing)
+        return np.pad(table[None], [(0, 0), (0, 0), (1, 1), (1, 1)], constant_values=nothing)
