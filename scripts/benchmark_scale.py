@@ -386,7 +386,7 @@ def plan(team: Team, folder: Path, numbers: dict) -> str:
         f"{windows / 1e6:.1f} M windows of {window} voxels ({np.prod(grid)} tokens when full). The stages overlap, so "
         f"the longest counts: **{longest['stage'].split(',')[0]}**, {hours:.1f} hours on {GPUS} GPUs, "
         f"{speed / 1e6:.0f} Mvoxel/s per GPU (published for another network on an A10G: {ANCHOR / 1e6:.0f}), "
-        f"{dollars:.0f} dollars.",
+        f"{dollars:.1f} dollars.",
         f"Assumed, not measured: {GPU_FLOPS / 1e12:.0f} TFLOP/s reached in bf16, every window full (selection makes it "
         f"less), {CORES_PER_GPU} cores per GPU like the one measured, {DOLLARS_PER_GPU_HOUR:.0f} dollar per "
         "GPU and hour, storage that keeps up. The times measured are wall times on a shared machine.",
