@@ -26,7 +26,9 @@ def added_weights(plan: BlockPlan) -> np.ndarray:
     """What the weights of all windows add up to at each voxel."""
     total = np.zeros(plan.shape)
     for block in plan:
-        total[block.inside(plan.shape)] += plan.weights(block, VOXEL)[block.crop(plan.shape)]
+        inside = block.inside(plan.shape)
+        crop = tuple(slice(i.start - s, i.stop - s) for i, s in zip(inside, block.start, strict=True))
+        total[inside] += plan.weights(block, VOXEL)[crop]
     return total
 
 

@@ -301,6 +301,25 @@ def test_boxes_that_hold_nothing_cost_no_network(volume, tmp_path):
     assert sum(network.batches[2:]) == sum(windows.values())  # the first two are the trial of the memory
 
 
+def test_no_more_is_read_than_windows_and_their_surroundings(tmp_path):
+    """A neurite in one corner of a box does not make the rest of the box be read again."""
+
+    class Counted:
+        shape, dtype = (64, 192, 192), np.dtype(np.uint8)
+
+        def __getitem__(self, box):
+            read.append(int(np.prod([b.stop - b.start for b in box])))
+            return voxels[box]
+
+    voxels, read = np.zeros((64, 192, 192), np.uint8), []
+    voxels[5:9, 5:9, 5:12] = 200
+    statistics = replace(measure(voxels), ceiling=0.0)
+    options = RunOptions(box=(64, 192, 192))
+    segment_store(OneVoxelNetwork(), Volume(Counted()), tmp_path / "out.zarr", statistics=statistics, options=options)
+    assert read.count(voxels.size) == 1  # the scan for what is selected
+    assert read[-1] < voxels.size / 10
+
+
 def test_another_run_on_a_whole_store_computes_nothing(network, volume, finished):
     before = files(finished)
     outcome = segment_store(network, volume, finished)

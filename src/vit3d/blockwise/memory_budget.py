@@ -14,6 +14,7 @@ from ..model.canvas_vit3d import TURNED_TO_FEATURES, Job
 from ..model.image_processing_vit3d import ViT3DImageProcessor
 from ..model.inference_vit3d import PATCHES_PER_BATCH, TOKENS_PER_BATCH, TOKENS_PER_GROUP, predict_box, window_plan
 from ..model.intensity_vit3d import CELL, IntensityStatistics
+from ..model.modeling_vit3d import HALO
 from ..volume import Volume
 from .block_store import CHUNK, Layout
 from .selection import KEPT_BYTES
@@ -36,7 +37,7 @@ def working_bytes(layout: Layout, config, volume: Volume) -> int:
     """Most memory that the boxes under way take: one that was read and computed, one that was computed, one that is
     read or scanned, what is known of scanned ones, and chunks being decoded."""
     sizes = zip(config.volume_size, config.patch_size, strict=True)
-    windows = [2 * (window - 1 + patch) for window, patch in sizes]  # of what lies beside the box as well
+    windows = [2 * (window - 1 + patch + HALO) for window, patch in sizes]  # of what lies beside the box as well
     seen, scanned = (_voxels_around(layout, around) for around in (windows, [2 * 3 * cell for cell in CELL]))
     chunks = getattr(volume.voxels, "chunks", None) or (1, 1, 1)
     itemsize = np.dtype(volume.voxels.dtype).itemsize

@@ -285,14 +285,13 @@ class _Run:
         index = next(todo, None)
         if index is None:
             return None
-        box = self.store.layout.box_of(index)
-        blocks = windows_of(self.plan, box, self.model.config)
+        blocks = windows_of(self.plan, self.store.layout.box_of(index), self.model.config)
         start, read_before = time.perf_counter(), self.seconds["read"]
         jobs = occupied_windows(blocks, self.selection and self.selection.tokens, self.model.config)
         self.seconds["select"] += time.perf_counter() - start - (self.seconds["read"] - read_before)
         if not jobs:
             return index, None, []
-        hull = _hull([*(job.read for job in jobs), _grown(box, HALO)], self.volume.shape)
+        hull = _hull([job.read for job in jobs], self.volume.shape)
         return index, Part(self._voxels(hull), hull, self.volume.shape), jobs
 
     def _voxels(self, box: Box) -> np.ndarray:
@@ -345,13 +344,10 @@ def _lease_name(index: Index) -> str:
 
 
 def _hull(windows: list[Block], shape: tuple[int, int, int]) -> Box:
-    """The smallest box that holds what these windows see of the volume."""
-    seen = np.array([[(i.start, i.stop) for i in window.inside(shape)] for window in windows])
-    return tuple(map(slice, seen[..., 0].min(axis=0).tolist(), seen[..., 1].max(axis=0).tolist()))
-
-
-def _grown(box: Box, around: int) -> Block:
-    return Block(tuple(b.start - around for b in box), tuple(b.stop - b.start + 2 * around for b in box))
+    """The smallest box that holds what these windows, and the head around their patches, see of the volume."""
+    starts, sizes = (np.array([getattr(window, name) for window in windows]) for name in ("start", "size"))
+    low, high = starts.min(axis=0) - HALO, (starts + sizes).max(axis=0) + HALO
+    return tuple(map(slice, np.maximum(low, 0).tolist(), np.minimum(high, shape).tolist()))
 
 
 def _said(box: Box) -> str:

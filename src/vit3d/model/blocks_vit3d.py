@@ -25,11 +25,6 @@ class Block:
         spans = zip(self.start, self.size, shape, strict=True)
         return tuple(slice(max(s, 0), min(s + n, extent)) for s, n, extent in spans)
 
-    def crop(self, shape: tuple[int, int, int]) -> Box:
-        """The same part in window coordinates."""
-        spans = zip(self.inside(shape), self.start, strict=True)
-        return tuple(slice(i.start - s, i.stop - s) for i, s in spans)
-
     def read(self, array) -> np.ndarray:
         """The window's voxels; what lies outside the volume repeats its border."""
         box = self.inside(array.shape)
@@ -81,7 +76,7 @@ class BlockPlan:
     def weights(self, block: Block, patch: tuple[int, int, int]) -> np.ndarray:
         """(grid_depth, grid_height, grid_width) float32: falls linearly from the middle of an overlap to its ends.
 
-        All windows' weights of a patch add up to what its share in the mean is counted by; none is 0.
+        A window's share in the mean of a patch is its weight by the sum of all windows' weights there; none is 0.
         """
         z, y, x = (
             profiles[start].reshape(-1, size).mean(axis=1)
