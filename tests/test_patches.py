@@ -72,6 +72,33 @@ def test_a_crop_depends_on_seed_and_number_alone():
     assert not equal(forwards[0], crops(seed=1)[0])
 
 
+@pytest.mark.parametrize("config", [CONFIG, SLICES], ids=["volume", "slices"])
+def test_the_two_windows_of_a_pair_are_cut_from_one_crop(config):
+    """What both hold is the same: voxels, tokens, and in volume mode labels."""
+    dataset, apart = crops(config, length=12, paired=True), set()
+    for item in (dataset[i] for i in range(12)):
+        first, second = item["places"].tolist()
+        low = [max(a, b) for a, b in zip(first, second, strict=True)]
+        high = [min(a, b) + n for a, b, n in zip(first, second, config.grid_size, strict=True)]
+        assert all(a < b for a, b in zip(low, high, strict=True))
+        assert first != second
+        apart.add(tuple(b - a for a, b in zip(first, second, strict=True)))
+
+        def shared(name: str, window: int, size, low=low, high=high, item=item) -> torch.Tensor:
+            place = item["places"][window].tolist()
+            spans = zip(low, high, place, size, strict=True)
+            values = item[name][window]
+            return values[(..., *(slice((a - at) * n, (b - at) * n) for a, b, at, n in spans))]
+
+        assert torch.equal(*(shared("token_mask", window, (1, 1, 1)) for window in (0, 1)))
+        assert torch.equal(*(shared("pixel_values", window, config.patch_size) for window in (0, 1)))
+        assert torch.equal(*(shared("labels", window, config.painted_size) for window in (0, 1)))
+    assert len(apart) > 4
+    dimensions = {name: tuple(values.shape) for name, values in item.items()}
+    alone = {name: (2, *values.shape) for name, values in crops(config)[0].items()}
+    assert dimensions == {**alone, "places": (2, 3)}
+
+
 def test_crops_come_to_an_end_and_are_counted_from_it_too():
     dataset = crops(length=3)
     first, second, last = islice(dataset, 5)

@@ -103,7 +103,7 @@ def test_a_resumed_run_equals_the_one_never_stopped_to_the_last_bit(config, whol
     "change",
     [
         {"accumulation": 2, "cldice_weight": 0.5, "layer_decay": 0.5, "gradient_checkpointing": True},
-        {"num_workers": 1, "ema_decay": 0.0, "seed": 3},
+        {"num_workers": 1, "ema_decay": 0.0, "seed": 3, "consistency_weight": 1.0},
     ],
     ids=["accumulated", "with a worker"],
 )

@@ -199,6 +199,16 @@ def test_the_cldice_term_is_added_with_its_weight(config, tmp_path):
     assert found[2] - found[1] == pytest.approx(found[1] - found[0], rel=1e-4)
 
 
+def test_the_consistency_term_is_added_with_its_weight(config, tmp_path):
+    found = []
+    for weight in (50.0, 100.0, 200.0):
+        out = tmp_path / str(weight)
+        train(replace(config, validate=(), log_every=1, max_steps=1, consistency_weight=weight, out=str(out)))
+        found.append(losses(out)[0][1])
+    assert found[0] < found[1] < found[2]
+    assert found[2] - found[1] == pytest.approx(2 * (found[1] - found[0]), rel=1e-3)
+
+
 def test_the_clock_counts_waiting_alone(monkeypatch):
     now = 0.0
     monkeypatch.setattr("vit3d.training.time.perf_counter", lambda: now)

@@ -560,6 +560,9 @@ def train(
         float, typer.Option(help="Of the average of weights, which is kept: over about 1 / (1 - it) steps; 0 is off.")
     ] = 0.995,
     cldice_weight: Annotated[float, typer.Option(help="Of the soft-clDice term; 0 is off.")] = 0,
+    consistency_weight: Annotated[
+        float, typer.Option(help="Of the difference between two windows that see the same; 0 is off.")
+    ] = 0,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
     mixed_precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
     validate_every: Annotated[int, typer.Option(help="Steps between validations.")] = 500,
@@ -587,7 +590,8 @@ def train(
         gold=gold, spacing_table=spacing_table, align=align, keep_misplaced=keep_misplaced, simulated=simulated,
         max_steps=max_steps, batch_size=batch_size, accumulation=accumulation, encoder_rate=encoder_rate,
         head_rate=head_rate, layer_decay=layer_decay, warmup_steps=warmup_steps, ema_decay=ema_decay,
-        cldice_weight=cldice_weight, gradient_checkpointing=gradient_checkpointing, mixed_precision=mixed_precision,
+        cldice_weight=cldice_weight, consistency_weight=consistency_weight,
+        gradient_checkpointing=gradient_checkpointing, mixed_precision=mixed_precision,
         validate_every=validate_every, save_every=save_every, log_every=log_every, log_with=log_with,
         num_workers=num_workers, device=device, seed=seed,
     )  # fmt: skip

@@ -107,13 +107,16 @@ class CropDataset(torch.utils.data.Dataset):
     """Crop number i is a function of (seed, i) alone: any worker count and any restart gives the same crops.
 
     Items: `pixel_values` (1, Z, Y, X) float32, `labels` (Z, Y, X) int64 (one slice with `center_slice`),
-    `token_mask` (grid) bool.
+    `token_mask` (grid) bool. With `paired` a crop is larger than a window, and an item is two windows of it, cut into
+    the same patches: each tensor begins with a 2, and `places` (2, 3) says at which patch of the crop they begin.
     """
 
-    def __init__(self, volumes, weights, processor, length: int, seed: int, config, *, augmentation=DEFAULT):
+    def __init__(
+        self, volumes, weights, processor, length: int, seed: int, config, *, augmentation=DEFAULT, paired=False
+    ):
         self.volumes: list[TrainingVolume] = volumes
         self.processor: ViT3DImageProcessor = processor
-        self.length, self.seed, self.config = length, seed, config
+        self.length, self.seed, self.config, self.paired = length, seed, config, paired
         self.augmentation: Augmentation = augmentation
         self.shares = np.asarray(weights, dtype=float) / np.sum(weights)
 
@@ -129,7 +132,7 @@ class CropDataset(torch.utils.data.Dataset):
         """Counted from the end where `index` is negative. IndexError: there are not so many, which ends a `for`."""
         rng = self._generator(index)
         volume = self.volumes[rng.choice(len(self.volumes), p=self.shares)]
-        window = tuple(self.config.volume_size)
+        window = tuple(self._crop_size)
         matrix, read = vary_geometry(window, rng, self.augmentation)
         start = self._choose_start(volume, rng) - (np.array(read) - window) // 2
         voxels, labels, mask = (
@@ -145,12 +148,41 @@ class CropDataset(torch.utils.data.Dataset):
         labels = labels.astype(np.int64)
         left_out = np.kron(~keep, np.ones(self.config.patch_size, dtype=bool))
         labels[left_out] = IGNORED  # a patch left out is painted by nobody: nothing to learn there
+        if not self.paired:
+            return self._window(pixel_values, labels, keep, np.zeros(3, dtype=int))
+        places = self._two_places(rng)
+        windows = [self._window(pixel_values, labels, keep, place) for place in places]
+        stacked = {name: torch.stack([window[name] for window in windows]) for name in windows[0]}
+        return {**stacked, "places": torch.from_numpy(places)}
+
+    @property
+    def _crop_size(self) -> np.ndarray:
+        """Voxels (z, y, x): a window, and with `paired` room for another one beside it."""
+        return np.array(self.config.volume_size) + self.paired * self._room * self.config.patch_size
+
+    @property
+    def _room(self) -> np.ndarray:
+        """Patches (z, y, x) by which two windows may lie apart: at least a layer and half the plane is shared."""
+        depth, height, width = self.config.grid_size
+        return np.array([depth - 1, height // 2, width // 2])
+
+    def _two_places(self, rng: np.random.Generator) -> np.ndarray:
+        """(2, 3): two patches of a crop at which windows can begin, not the same one."""
+        choices = np.argwhere(np.ones(self._room + 1, dtype=bool))
+        return choices[rng.choice(len(choices), 2, replace=False)]
+
+    def _window(self, pixel_values, labels, keep, place: np.ndarray) -> dict[str, torch.Tensor]:
+        """What the network gets of the window that begins at a patch of the crop."""
+        start = place * self.config.patch_size
+        tokens = tuple(map(slice, place, place + self.config.grid_size))
+        voxels = tuple(map(slice, start, start + self.config.volume_size))
+        labels = labels[voxels]
         if self.config.prediction == "center_slice":
-            labels = labels[window[0] // 2][None]
+            labels = labels[len(labels) // 2][None]
         return {
-            "pixel_values": torch.from_numpy(pixel_values.copy()[None]),
+            "pixel_values": torch.from_numpy(pixel_values[voxels].copy()[None]),
             "labels": torch.from_numpy(labels.copy()),
-            "token_mask": torch.from_numpy(keep),
+            "token_mask": torch.from_numpy(keep[tokens].copy()),
         }
 
     def _generator(self, index: int) -> np.random.Generator:
@@ -162,7 +194,7 @@ class CropDataset(torch.utils.data.Dataset):
     def _choose_start(self, volume: TrainingVolume, rng: np.random.Generator) -> np.ndarray:
         wanted = volume.neurite if rng.random() < NEURITE_SHARE or not len(volume.candidates) else volume.candidates
         centre = np.unravel_index(wanted[rng.integers(len(wanted))], volume.voxels.shape)
-        window = np.array(self.config.volume_size)
+        window = self._crop_size
         jitter = rng.uniform(-_JITTER, _JITTER, 3) * window
         start = np.round(np.array(centre) + jitter - window / 2).astype(int)
         last = np.array(volume.voxels.shape) - window

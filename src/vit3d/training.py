@@ -23,6 +23,7 @@ from transformers import AutoConfig
 
 from .checkpoint import load_checkpoint, place_of, processor_of
 from .learning.cldice import soft_cldice_loss
+from .learning.consistency import disagreement
 from .learning.launching import num_workers, start_accelerator
 from .learning.optimization import freeze, optimizer_and_schedule, parameter_groups
 from .learning.run_folder import Log, RunFolder, copy_checkpoint, save
@@ -79,7 +80,8 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
             volumes, weights = training_volumes(config, rows, model.config, folder.volumes, processor)
         validator = Validator(config, rows, accelerator)
     length = config.max_steps * config.accumulation * config.batch_size * accelerator.num_processes
-    crops = CropDataset(volumes, weights, processor, length, config.seed, model.config)
+    paired = config.consistency_weight > 0
+    crops = CropDataset(volumes, weights, processor, length, config.seed, model.config, paired=paired)
     accelerator.wait_for_everyone()  # every process has looked whether the folder is free
     try:
         if accelerator.is_main_process:
@@ -167,12 +169,18 @@ class TrainingRun:
         return {"loss": losses.mean().item(), "rate": rate, "gradient": norm}
 
     def _backward(self, batch: dict) -> torch.Tensor:
+        if self.crops.paired:  # (crops, 2, ...) -> (windows, ...)
+            batch = {name: values.flatten(0, 1) for name, values in batch.items()}
+        places = batch.pop("places", None)
         self.batch = batch
         with self.accelerator.accumulate(self.model):
             output = self.model(**batch)
             loss = output.loss
             if self.config.cldice_weight:
                 loss = loss + self.config.cldice_weight * soft_cldice_loss(output.logits, batch["labels"])
+            if places is not None:
+                apart = disagreement(output.logits, batch["token_mask"], places, self.crops.config.painted_size)
+                loss = loss + self.config.consistency_weight * apart
             self.accelerator.backward(loss)
         return loss.detach()
 

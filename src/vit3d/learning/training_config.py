@@ -30,6 +30,8 @@ class TrainingConfig:
     frozen: parameters whose names begin with one of these do not learn.
     ema_decay: of the average of the weights, which is what is kept and validated; 0.0 keeps the weights themselves.
     cldice_weight: of the soft-clDice term (`vit3d.learning.cldice`), 0.0 leaves it out.
+    consistency_weight: of the difference between the probabilities that two windows of one crop give to what both see
+    (`vit3d.learning.consistency`); a crop then counts as one of `batch_size` and takes two windows. 0.0 cuts one.
     save_every, validate_every, log_every: steps between two of each; all three happen at the last step too.
     num_workers: processes that cut crops, for each that trains; None is one, and up to eight beside a GPU.
     log_with: trackers that Accelerate knows, comma-separated; `metrics.jsonl` is always written.
@@ -62,6 +64,7 @@ class TrainingConfig:
     frozen: tuple[str, ...] = ()
     ema_decay: float = 0.995
     cldice_weight: float = 0.0
+    consistency_weight: float = 0.0
     gradient_checkpointing: bool = False
     mixed_precision: str = "no"
     seed: int = 0
@@ -78,7 +81,7 @@ class TrainingConfig:
         for name, value in least.items():
             if getattr(self, name) is not None and getattr(self, name) < value:
                 raise ValueError(f"`{name}` must be at least {value}, got {getattr(self, name)}.")
-        for name in ("encoder_rate", "head_rate", "weight_decay", "cldice_weight"):
+        for name in ("encoder_rate", "head_rate", "weight_decay", "cldice_weight", "consistency_weight"):
             if not (isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"`{name}` must be a number from 0 on, got {getattr(self, name)}.")
         for name, fits, bounds in (
