@@ -5,6 +5,7 @@ seams. The less it does, the fewer patches must neighbours share, each of which 
 """
 
 import torch
+from torch.nn import functional
 
 from ..model.modeling_vit3d import to_patches
 
@@ -12,7 +13,11 @@ from ..model.modeling_vit3d import to_patches
 def disagreement(
     logits: torch.Tensor, token_mask: torch.Tensor, places: torch.Tensor, patch: tuple[int, int, int]
 ) -> torch.Tensor:
-    """Mean absolute difference in probability over the voxels of patches that both windows of a pair keep; 0 if none.
+    """How far two windows' probabilities diverge from their mean, in nats per voxel of the patches that both keep.
+
+    Its gradient draws each logit by what its probability is off the mean: neither window is taken at its word, and
+    what both doubt stays in doubt. The mere difference of the probabilities would draw most to the surer one. 0 where
+    they share nothing.
 
     Args:
         logits: (2 * pairs, 1, depth, height, width), the windows of a pair one after the other.
@@ -20,7 +25,7 @@ def disagreement(
         places: (2 * pairs, 3), at which patch (z, y, x) of what they are cut from the windows begin.
         patch: voxels that a token paints.
     """
-    painted = to_patches(logits.float().sigmoid(), patch)  # (2 * pairs, patches, voxels)
+    painted = to_patches(logits.float(), patch)  # (2 * pairs, patches, voxels)
     grid = torch.tensor(token_mask.shape[1:], device=logits.device)
     patches = torch.cartesian_prod(*(torch.arange(n, device=logits.device) for n in token_mask.shape[1:]))
     there = patches + (places[0::2] - places[1::2])[:, None]  # (pairs, patches, 3): the first's, in the second
@@ -29,6 +34,8 @@ def disagreement(
     index = (depth * grid[1] + row) * grid[2] + column
     kept = token_mask.flatten(1)
     both = inside & kept[0::2] & kept[1::2].gather(1, index)
-    other = painted[1::2].gather(1, index[..., None].expand(-1, -1, painted.shape[2]))
-    difference = (painted[0::2] - other).abs().mean(dim=2)
-    return (difference * both).sum() / both.sum().clamp(min=1)
+    one, other = painted[0::2], painted[1::2].gather(1, index[..., None].expand(-1, -1, painted.shape[2]))
+    mean = ((one.sigmoid() + other.sigmoid()) / 2).detach()
+    entropies = [functional.binary_cross_entropy_with_logits(logit, mean, reduction="none") for logit in (one, other)]
+    apart = sum(entropies) / 2 - torch.special.entr(mean) - torch.special.entr(1 - mean)
+    return (apart.mean(dim=2) * both).sum() / both.sum().clamp(min=1)

@@ -30,8 +30,8 @@ class TrainingConfig:
     frozen: parameters whose names begin with one of these do not learn.
     ema_decay: of the average of the weights, which is what is kept and validated; 0.0 keeps the weights themselves.
     cldice_weight: of the soft-clDice term (`vit3d.learning.cldice`), 0.0 leaves it out.
-    consistency_weight: of the difference between the probabilities that two windows of one crop give to what both see
-    (`vit3d.learning.consistency`); a crop then counts as one of `batch_size` and takes two windows. 0.0 cuts one.
+    consistency_weight: of how far two windows of one crop diverge where both see it (`vit3d.learning.consistency`); a
+    crop then counts as one of `batch_size` and takes two windows. 0.0 cuts one.
     save_every, validate_every, log_every: steps between two of each; all three happen at the last step too.
     num_workers: processes that cut crops, for each that trains; None is one, and up to eight beside a GPU.
     log_with: trackers that Accelerate knows, comma-separated; `metrics.jsonl` is always written.
