@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vit3d.checkpoint import load_checkpoint, preferred_dtype
 from vit3d.model.configuration_vit3d import ViT3DConfig
 from vit3d.model.image_processing_vit3d import ViT3DImageProcessor
-from vit3d.model.inference_vit3d import OVERLAP, window_plan
+from vit3d.model.inference_vit3d import window_plan
 from vit3d.model.modeling_vit3d import ViT3DForNeuronSegmentation
 from vit3d.patches import CropDataset, TrainingVolume
 from vit3d.segmentation import segment
@@ -92,11 +92,8 @@ def our_job(stack: str, tool: str, dtype: str, volume: Volume | None) -> Job:
     model, processor = our_model(tool)
     model, config = model.to(DTYPES[dtype]), model.config
     if volume is None:
-        steps = [
-            (n - int(n * share)) // patch * patch
-            for n, share, patch in zip(config.output_size, OVERLAP, config.painted_size, strict=True)
-        ]
-        shape = [n + count * step for n, count, step in zip(config.output_size, (2, 3, 3), steps, strict=True)]
+        window, shared = config.output_size, window_plan(DENSE_SHAPE, config).overlap
+        shape = [n + count * (n - o) for n, o, count in zip(window, shared, (2, 3, 3), strict=True)]
         small = random_volume(tuple(shape))
         windows = [len(window_plan(shape, config)) for shape in (DENSE_SHAPE, small.shape)]
         scale, kept = windows[0] / windows[1], 1.0

@@ -24,7 +24,7 @@ from scipy.ndimage import distance_transform_edt
 from vit3d.annotations.gold import align_gold
 from vit3d.bigneuron import find_pairs
 from vit3d.checkpoint import load_checkpoint
-from vit3d.model.inference_vit3d import OVERLAP
+from vit3d.model.inference_vit3d import window_plan
 from vit3d.reconstruction import reconstruct
 from vit3d.scoring import score_trees
 from vit3d.segmentation import segment
@@ -64,13 +64,14 @@ def gold_points(gold: NeuronTree, shape: tuple[int, ...]) -> np.ndarray:
 def seam_row(name: str, volume: Volume, gold: NeuronTree, model, processor, patches: float = 0.0) -> dict:
     """Two segmentations whose windows lie half a window, and so many patches, apart, near the gold."""
     window, voxels = model.config.volume_size, np.asarray(volume.voxels)
+    shared = window_plan(voxels.shape, model.config).overlap
     statistics = processor.measure(voxels)
     probability = []
     half = [w // 2 + int(patches * p) for w, p in zip(window, model.config.patch_size, strict=True)]
     for shift in ((0, 0, 0), half):
         ends = [
-            -(s + n - w) % (w - int(w * o)) if s + n > w else w - n - s
-            for s, n, w, o in zip(shift, voxels.shape, window, OVERLAP, strict=True)
+            -(s + n - w) % (w - o) if s + n > w else w - n - s
+            for s, n, w, o in zip(shift, voxels.shape, window, shared, strict=True)
         ]  # the windows are then spread evenly, and share what they should
         padded = np.pad(voxels, list(zip(shift, ends, strict=True)), mode="edge")
         found = segment(model, Volume(padded), processor=processor, statistics=statistics).voxels

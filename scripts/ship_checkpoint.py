@@ -19,7 +19,8 @@ from vit3d import ViT3DForNeuronSegmentation
 from vit3d.model.image_processing_vit3d import ViT3DImageProcessor
 from vit3d.tables import fill_card, markdown_table
 
-SHOWN = ("strategy", "max_steps", "batch_size", "encoder_rate", "head_rate", "weight_decay", "ema_decay", "seed")
+SHOWN = ("strategy", "max_steps", "batch_size", "encoder_rate", "head_rate", "weight_decay", "ema_decay")
+SHOWN += ("consistency_weight", "seed")
 KEPT = "kept of the weights before"
 
 
@@ -28,8 +29,12 @@ def history(run: Path, kept: float) -> dict:
     config = json.loads((run / "training.json").read_text())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
-    row = {"start": Path(config["init"]).name, **{key: config[key] for key in SHOWN}, "simulated": config["simulated"]}
-    row |= {"steps done": lines[-1]["step"], "mean of last 20 logged losses": float(np.mean(losses[-20:]))}
+    row = {"start": Path(config["init"]).name, **{key: config.get(key, "-") for key in SHOWN}}
+    row |= {
+        "simulated": config["simulated"],
+        "steps done": lines[-1]["step"],
+        "mean of last 20 logged losses": float(np.mean(losses[-20:])),
+    }
     return row | {"minutes": round(lines[-1]["seconds"] / 60), KEPT: kept}
 
 

@@ -193,6 +193,18 @@ def test_all_windows_cut_a_voxel_into_the_same_patch(network, shape):
     assert not ((starts - starts[0]) % network.config.painted_size).any()
 
 
+def test_windows_share_half_of_their_depth_and_a_patch_of_the_plane():
+    starts = [block.start for block in window_plan((16 + 3 * 8, 112 + 2 * 104, 112 + 104), ViT3DConfig())]
+    assert starts == [(z, y, x) for z in (0, 8, 16, 24) for y in (0, 104, 208) for x in (0, 104)]
+
+
+@pytest.mark.parametrize("window", [(4, 16, 24), (8, 8, 24), (4, 8, 8), (12, 16, 16)])
+def test_a_window_may_be_one_patch_wide(network, window):
+    network.config = ViT3DConfig(volume_size=window, patch_size=(4, 8, 8))
+    voxels = noise((19, 40, 53))
+    assert_allclose(segment(network, Volume(voxels), select=False).voxels, network.whole(voxels), atol=1e-5)
+
+
 def job_of(index: int, kept: np.ndarray, depth: int = 0) -> Job:
     block = Block((depth, 0, index), (16, 112, 112))
     return Job(block, block, kept)

@@ -36,8 +36,8 @@ def segment(
         select: leave out patches that hold only background (cost follows the neuron); False computes everything.
         batch_size: most windows per forward pass; default as many as 4096 tokens and 16384 patches allow.
 
-    Windows have the size the network was trained with and overlap by half in z and a quarter in y and x; a patch is
-    painted once, from the mean of its tokens. A volume smaller than a window is padded by repeating its border.
+    Windows have the size the network was trained with and share half of their depth and a patch in the plane; a patch
+    is painted once, from the mean of its tokens. A volume smaller than a window is padded by repeating its border.
     ValueError for NaN or infinite voxels.
     """
     refuse_other_than_volume(volume)

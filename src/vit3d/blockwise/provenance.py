@@ -14,10 +14,10 @@ from ..model.inference_vit3d import (
     FAINT,
     FREE_PADDING,
     MOST_PADDED,
-    OVERLAP,
     PATCHES_PER_BATCH,
     TOKENS_PER_BATCH,
     TOKENS_PER_GROUP,
+    window_plan,
 )
 from ..model.modeling_vit3d import SCORES_AT_ONCE
 from ..volume import Volume
@@ -37,7 +37,7 @@ def identity_of(model, volume: Volume, processor, select: bool) -> dict:
         "polarity": processor.polarity,
         "select": select,
         "windows": {
-            "overlap": list(OVERLAP),
+            "overlap": list(window_plan(volume.shape, model.config).overlap),
             "tokens_per_batch": TOKENS_PER_BATCH,
             "patches_per_batch": PATCHES_PER_BATCH,
             "tokens_per_group": TOKENS_PER_GROUP,

@@ -22,7 +22,6 @@ from .image_processing_vit3d import ViT3DImageProcessor
 from .intensity_vit3d import IntensityStatistics
 from .modeling_vit3d import HALO
 
-OVERLAP = (0.5, 0.25, 0.25)  # of the window (z, y, x), shared with each neighbour
 TOKENS_PER_BATCH = 4096
 PATCHES_PER_BATCH = 4 * TOKENS_PER_BATCH  # those left out as well: their voxels take memory all the same
 TOKENS_PER_GROUP = 4 * TOKENS_PER_BATCH  # so many are computed before what no deeper window adds to is painted
@@ -61,9 +60,11 @@ def window_plan(shape: tuple[int, int, int], config) -> BlockPlan:
     """The windows that cover a volume: the size the network was trained with, and on one grid of patches.
 
     A token's answer depends on where its patch is cut more than on anything else about its window, so neighbours cut
-    the same patches. Along z a window is only a few patches deep: half of it is shared.
+    the same patches. One of them is shared in the plane; along z, where a window is only a few patches deep, half.
     """
-    overlap = tuple(int(size * share) for size, share in zip(config.output_size, OVERLAP, strict=True))
+    depth, *plane = config.grid_size
+    shared = [depth // 2, *(min(1, patches - 1) for patches in plane)]
+    overlap = tuple(n * size for n, size in zip(shared, config.painted_size, strict=True))
     return BlockPlan(shape, config.output_size, overlap, step=config.painted_size)
 
 
