@@ -99,6 +99,11 @@ def test_the_two_windows_of_a_pair_are_cut_from_one_crop(config):
     assert dimensions == {**alone, "places": (2, 3)}
 
 
+def test_a_window_of_one_patch_is_not_cut_twice():
+    with pytest.raises(ValueError, match="window is a single patch"):
+        crops(ViT3DConfig(volume_size=(4, 8, 8), patch_size=(4, 8, 8)), paired=True)
+
+
 def test_crops_come_to_an_end_and_are_counted_from_it_too():
     dataset = crops(length=3)
     first, second, last = islice(dataset, 5)

@@ -98,6 +98,17 @@ def test_a_resumed_run_equals_the_one_never_stopped_to_the_last_bit(config, whol
     assert seconds == sorted(seconds)
 
 
+def test_a_run_from_before_a_setting_was_there_goes_on_unless_it_is_asked_for(config, whole):
+    facts = Path(config.out) / "training.json"
+    before = json.loads(facts.read_text())
+    del before["consistency_weight"]
+    facts.write_text(json.dumps(before))
+    with pytest.raises(ValueError, match=r"`consistency_weight` was 0\.0, now it is 1\.0"):
+        train(replace(config, consistency_weight=1.0), resume=True)
+    train(config, resume=True)
+    assert losses(Path(config.out)) == losses(whole)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "change",

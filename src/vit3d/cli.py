@@ -561,7 +561,7 @@ def train(
     ] = 0.995,
     cldice_weight: Annotated[float, typer.Option(help="Of the soft-clDice term; 0 is off.")] = 0,
     consistency_weight: Annotated[
-        float, typer.Option(help="Of the difference between two windows that see the same; 0 is off.")
+        float, typer.Option(help="Of how two windows of a crop differ in what both see; 0 is off.")
     ] = 0,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
     mixed_precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",

@@ -119,6 +119,8 @@ class CropDataset(torch.utils.data.Dataset):
         self.length, self.seed, self.config, self.paired = length, seed, config, paired
         self.augmentation: Augmentation = augmentation
         self.shares = np.asarray(weights, dtype=float) / np.sum(weights)
+        if paired and not self._room.any():
+            raise ValueError("No two windows of a crop can be told apart: the network's window is a single patch.")
 
     def __len__(self) -> int:
         return self.length

@@ -78,10 +78,10 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
     with folder.left_as_it_was():
         with accelerator.local_main_process_first():  # the others find the volumes made
             volumes, weights = training_volumes(config, rows, model.config, folder.volumes, processor)
+        length = config.max_steps * config.accumulation * config.batch_size * accelerator.num_processes
+        paired = config.consistency_weight > 0
+        crops = CropDataset(volumes, weights, processor, length, config.seed, model.config, paired=paired)
         validator = Validator(config, rows, accelerator)
-    length = config.max_steps * config.accumulation * config.batch_size * accelerator.num_processes
-    paired = config.consistency_weight > 0
-    crops = CropDataset(volumes, weights, processor, length, config.seed, model.config, paired=paired)
     accelerator.wait_for_everyone()  # every process has looked whether the folder is free
     try:
         if accelerator.is_main_process:

@@ -13,15 +13,18 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from ..model.image_processing_vit3d import ViT3DImageProcessor
+from .training_config import TrainingConfig
 
 # what a resumed run may change: where its files are (what they say is in `neurons` and `validate`), and how often and
 # with what it is watched
 FREE = ("out", "data", "split_file", "spacing_table", "save_every", "log_every", "log_with", "num_workers", "device")
+_DEFAULTS = {field.name: field.default for field in fields(TrainingConfig) if field.default is not MISSING}
 _SHOWN = 80  # characters of a value in a sentence
 
 
@@ -47,8 +50,8 @@ class RunFolder:
             return
         if not resume:
             raise ValueError(f"{self.path} already holds a run; choose another --out, or go on with --resume.")
-        before = self.begun_with() or {}
-        now = json.loads(json.dumps(facts))
+        before = _DEFAULTS | (self.begun_with() or {})  # a run may be older than a field
+        before, now = (json.loads(json.dumps(values)) for values in (before, facts))
         for name in sorted(before.keys() | now.keys()):
             if name not in FREE and before.get(name) != now.get(name):
                 old, new = (str(values.get(name))[:_SHOWN] for values in (before, now))
