@@ -99,6 +99,18 @@ def test_the_two_windows_of_a_pair_are_cut_from_one_crop(config):
     assert dimensions == {**alone, "places": (2, 3)}
 
 
+def test_a_window_of_a_pair_keeps_as_much_as_one_alone():
+    """Of a stack where all is bright a window is bounded, and a pair's crop by as many windows as it is large."""
+    volume = replace(training_volume(WIDE, shape=(40, 140, 140)), mask=np.ones((40, 140, 140), dtype=bool))
+    alone, pairs = (crops(WIDE, [volume], augmentation=NOTHING, paired=paired) for paired in (False, True))
+    kept = [
+        np.mean([item["token_mask"].sum() for item in map(dataset.__getitem__, range(12))])
+        for dataset in (alone, pairs)
+    ]
+    assert kept[0] == MAX_TOKENS
+    assert kept[1] / 2 == pytest.approx(MAX_TOKENS, rel=0.1)
+
+
 def test_a_window_of_one_patch_is_not_cut_twice():
     with pytest.raises(ValueError, match="window is a single patch"):
         crops(ViT3DConfig(volume_size=(4, 8, 8), patch_size=(4, 8, 8)), paired=True)
@@ -164,7 +176,7 @@ def test_image_and_labels_stay_on_each_other():
 
 
 def test_the_token_mask_stays_on_the_image(monkeypatch):
-    monkeypatch.setattr("vit3d.patches.choose_tokens", lambda selected, rng: selected)
+    monkeypatch.setattr("vit3d.patches.choose_tokens", lambda selected, rng, most: selected)
     for item in (crops(augmentation=Augmentation.none(flip=0.5, transpose=0.5))[i] for i in range(12)):
         bright = item["pixel_values"][0] > 0
         assert dense_mask(item, CONFIG)[bright].all()

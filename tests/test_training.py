@@ -199,14 +199,30 @@ def test_the_cldice_term_is_added_with_its_weight(config, tmp_path):
     assert found[2] - found[1] == pytest.approx(found[1] - found[0], rel=1e-4)
 
 
-def test_the_consistency_term_is_added_with_its_weight(config, tmp_path):
+def test_the_windows_of_a_pair_are_compared_and_the_term_is_added_with_its_weight(config, tmp_path, monkeypatch):
+    compared = []
+
+    def spy(logits, token_mask, places, patch):
+        compared.append((token_mask, places))
+        return 0 * logits.sum() + 0.5
+
+    monkeypatch.setattr("vit3d.training.disagreement", spy)
     found = []
-    for weight in (50.0, 100.0, 200.0):
+    for weight in (1.0, 3.0):
         out = tmp_path / str(weight)
-        train(replace(config, validate=(), log_every=1, max_steps=1, consistency_weight=weight, out=str(out)))
+        chosen = {"batch_size": 3, "consistency_weight": weight, "out": str(out)}
+        train(replace(config, validate=(), log_every=1, max_steps=1, **chosen))
         found.append(losses(out)[0][1])
-    assert found[0] < found[1] < found[2]
-    assert found[2] - found[1] == pytest.approx(2 * (found[1] - found[0]), rel=1e-3)
+    assert found[1] - found[0] == pytest.approx(1.0, abs=1e-5)
+    masks, places = compared[0]
+    assert len(masks) == len(places) == 6
+    for pair in range(0, 6, 2):
+        (first, second), corners = masks[pair : pair + 2], places[pair : pair + 2].tolist()
+        shift = [b - a for a, b in zip(*corners, strict=True)]
+        one = first[tuple(slice(max(s, 0), n + min(s, 0)) for s, n in zip(shift, first.shape, strict=True))]
+        other = second[tuple(slice(max(-s, 0), n + min(-s, 0)) for s, n in zip(shift, first.shape, strict=True))]
+        assert torch.equal(one, other)
+    assert any(mask.any() for mask in masks)
 
 
 def test_the_clock_counts_waiting_alone(monkeypatch):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from .model.intensity_vit3d import IntensityStatistics
 from .targets import IGNORED
 
 NEURITE_SHARE = 0.8  # of the crops are centred on a neurite, the rest on anything that looks like one
-MAX_TOKENS = 192  # kept patches per crop: a bound on the cost of a step
+MAX_TOKENS = 192  # kept patches per window: a bound on the cost of a step
 _JITTER = 0.25  # a crop's centre lies off its voxel by up to this share of the window
 
 
@@ -108,7 +109,8 @@ class CropDataset(torch.utils.data.Dataset):
 
     Items: `pixel_values` (1, Z, Y, X) float32, `labels` (Z, Y, X) int64 (one slice with `center_slice`),
     `token_mask` (grid) bool. With `paired` a crop is larger than a window, and an item is two windows of it, cut into
-    the same patches: each tensor begins with a 2, and `places` (2, 3) says at which patch of the crop they begin.
+    the same patches: each tensor begins with a 2, and `places` (2, 3) says at which patch of the crop they begin. The
+    crop is then centred on a neurite, where windows would be; one of the two may hold none.
     """
 
     def __init__(
@@ -146,7 +148,8 @@ class CropDataset(torch.utils.data.Dataset):
             labels, mask = (resample(array, matrix, window, smooth=False) for array in (labels, mask))
         pixel_values = self.processor.pixel_values(*vary_intensity(voxels, volume.statistics, rng, self.augmentation))
         pixel_values, labels, mask = vary_orientation((pixel_values, labels, mask), rng, self.augmentation)
-        keep = choose_tokens(self.processor.token_mask(mask), rng)
+        selected = self.processor.token_mask(mask)
+        keep = choose_tokens(selected, rng, MAX_TOKENS * selected.size // math.prod(self.config.grid_size))
         labels = labels.astype(np.int64)
         left_out = np.kron(~keep, np.ones(self.config.patch_size, dtype=bool))
         labels[left_out] = IGNORED  # a patch left out is painted by nobody: nothing to learn there
@@ -203,14 +206,14 @@ class CropDataset(torch.utils.data.Dataset):
         return np.clip(start, np.minimum(0, last), np.maximum(0, last))
 
 
-def choose_tokens(selected: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The processor's selection with some patches dropped and others added, at most `MAX_TOKENS`.
+def choose_tokens(selected: np.ndarray, rng: np.random.Generator, most: int = MAX_TOKENS) -> np.ndarray:
+    """The processor's selection with some patches dropped and others added, at most so many.
 
     Other stacks select other shares of their patches: a network that always saw the same share would depend on it.
     """
     keep = selected & (rng.random(selected.shape) >= rng.choice([0.0, 0.0, 0.1]))
     keep |= rng.random(selected.shape) < rng.choice([0.0, 0.02, 0.1, 0.3])
-    surplus = int(keep.sum()) - MAX_TOKENS
+    surplus = int(keep.sum()) - most
     if surplus > 0:
         keep.reshape(-1)[rng.choice(np.flatnonzero(keep), surplus, replace=False)] = False
     return keep
