@@ -13,7 +13,7 @@ from transformers import ViTConfig, ViTModel
 
 from vit3d import ViT3DForNeuronSegmentation
 from vit3d.model.inflation_vit3d import inflate_kernel, inflate_state, reduce_channels, shrink_kernel
-from vit3d.model.modeling_vit3d import to_patches
+from vit3d.model.packing_vit3d import to_patches
 
 KERNEL = "embeddings.patch_embeddings.projection.weight"
 DEPTH = "embeddings.depth_embeddings"

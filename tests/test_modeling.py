@@ -10,15 +10,13 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation
 
 from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation, ViT3DImageProcessor, ViT3DModel
-from vit3d.model import modeling_vit3d
+from vit3d.model import modeling_vit3d, packing_vit3d
 from vit3d.model.modeling_vit3d import (
     BACKGROUND_LOGIT,
     HALO,
-    from_patches,
-    pack_tokens,
     segmentation_loss,
-    to_patches,
 )
+from vit3d.model.packing_vit3d import from_patches, pack_tokens, to_patches
 
 NUM_LAYERS, HIDDEN = 2, 32
 WINDOW = {"volume": (8, 16, 24), "center_slice": (8, 16, 24)}
@@ -63,6 +61,11 @@ def gradients(model, pixel_values: torch.Tensor, **kwargs) -> dict[str, torch.Te
     model.zero_grad()
     model(pixel_values, **kwargs).logits.square().mean().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def packed(pixel_values: torch.Tensor, token_mask: torch.Tensor, prediction: str) -> torch.Tensor:
+    """The kept patches alone."""
+    return to_patches(pixel_values, tiny_config(prediction).patch_size)[token_mask.flatten(1)]
 
 
 # --- patches ---------------------------------------------------------------------------------------------------
@@ -121,6 +124,52 @@ def test_attention_in_blocks_is_attention(scores, masked, monkeypatch):
     expected = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3).transpose(1, 2)
     found, _ = modeling_vit3d.blocked_attention_forward(None, query, key, value, mask, 0.3)
     assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alike", [1, 5, 1000])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_packed_windows_say_what_padded_ones_say(prediction, attention, alike, monkeypatch):
+    monkeypatch.setattr(packing_vit3d, "LIKE_LENGTHS", alike)
+    model = tiny_model(prediction, attn_implementation=attention)
+    inputs, mask = window(prediction, 6), grid_mask(prediction, batch=6, share=0.6)
+    mask[1], mask[3] = False, True
+    mask[4] = torch.arange(mask[4].numel()).view_as(mask[4]) < 1
+    expected = model.head.fuse(model.vit3d(inputs, mask).fused_states)[pack_tokens(mask.flatten(1))[1]]
+    found = model(packed(inputs, mask, prediction), mask).tokens
+    assert len(found) == mask.sum() > 10
+    assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert_close(
+        model.vit3d(packed(inputs, mask, prediction), mask).last_hidden_state[0, :6],
+        model.vit3d(inputs, mask).last_hidden_state[:, 0],
+        atol=1e-5,
+        rtol=1e-5,
+    )  # class tokens
+
+
+@torch.no_grad()
+def test_packed_windows_are_encoded_in_bf16_too(prediction):
+    model = tiny_model(prediction).to(torch.bfloat16)
+    inputs, mask = window(prediction, 3), grid_mask(prediction, batch=3, share=0.6)
+    found = model(packed(inputs, mask, prediction), mask).tokens
+    expected = model.head.fuse(model.vit3d(inputs, mask).fused_states)[pack_tokens(mask.flatten(1))[1]]
+    assert found.dtype == torch.bfloat16
+    assert_close(found, expected, atol=0.1, rtol=0.05)
+
+
+def test_patches_that_do_not_fit_their_windows_are_refused(prediction):
+    model = tiny_model(prediction)
+    inputs, mask = window(prediction, 2), grid_mask(prediction, batch=2, share=0.6)
+    patches = packed(inputs, mask, prediction)
+    for wrong, sentence in (
+        ((patches, None), "need a bool `token_mask`"),
+        ((patches, mask.int()), "need a bool `token_mask`"),
+        ((patches, mask[0]), "need a bool `token_mask`"),
+        ((patches[1:], mask), "must be the patches that `token_mask` keeps"),
+        ((patches[:, 1:], mask), "must be the patches that `token_mask` keeps"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            model(*wrong)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """A volume is segmented block by block as it would be at once."""
 
+import math
 import time
 from itertools import pairwise
 from threading import Lock
@@ -16,7 +17,7 @@ from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation, ViT3DImageProcessor, 
 from vit3d.model.blocks_vit3d import Block
 from vit3d.model.canvas_vit3d import Canvas, Job
 from vit3d.model.inference_vit3d import FAINT, batches, predict, window_plan
-from vit3d.model.modeling_vit3d import HALO, to_patches
+from vit3d.model.modeling_vit3d import HALO
 
 SHAPES = [(19, 40, 53), (8, 16, 24), (9, 17, 25), (3, 5, 7), (1, 40, 30), (30, 10, 24)]
 
@@ -39,15 +40,13 @@ class OneVoxelNetwork(nn.Module):
     def head(self) -> "OneVoxelNetwork":
         return self
 
-    def forward(self, pixel_values: torch.Tensor, token_mask: torch.Tensor | None = None, *, encode_only: bool):
-        self.batches.append(len(pixel_values))
+    def forward(self, patches: torch.Tensor, token_mask: torch.Tensor):
+        self.batches.append(len(token_mask))
+        assert patches.shape == (token_mask.sum(), math.prod(self.config.patch_size))
         if self.config.prediction == "center_slice":
-            pixel_values = pixel_values[:, :, pixel_values.shape[2] // 2][:, :, None]
-        tokens = to_patches(pixel_values, self.config.painted_size)
-        if token_mask is not None:
-            kept = [window[mask] for window, mask in zip(tokens, token_mask.flatten(1), strict=True)]
-            tokens = nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=torch.nan)
-        return SimpleNamespace(tokens=tokens)
+            depth = self.config.patch_size[0]
+            patches = patches.unflatten(1, (depth, -1))[:, depth // 2]
+        return SimpleNamespace(tokens=patches)
 
     def features(self, tokens: torch.Tensor) -> torch.Tensor:
         return functional.pad(tokens[..., None], (0, 0, 0, 0, 0, 1))
@@ -145,12 +144,12 @@ def test_the_next_batch_is_read_while_the_network_works(monkeypatch):
 
     def spy_on_values(self, voxels, *arguments, **options):
         result = values(self, voxels, *arguments, **options)
-        looked_up.extend([1] * (voxels.shape == self.volume_size))
+        looked_up.extend([1] * (voxels.shape[1] == math.prod(self.patch_size)))
         return result
 
     class PatientNetwork(OneVoxelNetwork):
-        def forward(self, pixel_values, token_mask=None, *, encode_only):
-            super().forward(pixel_values, token_mask, encode_only=encode_only)
+        def forward(self, patches, token_mask):
+            super().forward(patches, token_mask)
             done = len(self.batches)
             deadline = time.monotonic() + 10
             while len(looked_up) < min(done + 1, windows):
@@ -158,7 +157,7 @@ def test_the_next_batch_is_read_while_the_network_works(monkeypatch):
                 time.sleep(0.001)
             self.batches.pop()
             # as the values are now: nobody may have written into them
-            return super().forward(pixel_values, token_mask, encode_only=encode_only)
+            return super().forward(patches, token_mask)
 
     network = PatientNetwork()
     windows = len(list(window_plan(voxels.shape, network.config)))
@@ -217,9 +216,9 @@ def test_a_batch_holds_windows_of_like_token_counts_each_window_once():
     found = list(batches(jobs[::2] + jobs[1::2]))
     assert [job.num_tokens for batch in found for job in batch] == counts.tolist()
     assert {job for batch in found for job in batch} == set(jobs)
-    tokens, padded = counts.sum(), sum(len(batch) * batch[-1].num_tokens for batch in found)
-    assert padded < 1.2 * tokens
-    assert len(found) < 25
+    held = [sum(1 + job.num_tokens for job in batch) for batch in found]
+    assert max(held) <= 4096
+    assert len(found) <= 1 + (counts + 1).sum() / (4096 - counts.max())
 
 
 def test_deep_windows_come_after_others_that_hold_enough_tokens():
@@ -232,13 +231,9 @@ def test_deep_windows_come_after_others_that_hold_enough_tokens():
     assert any(len({job.write.start[0] for job in batch}) == 10 for batch in batches(sparse))
 
 
-def test_a_batch_of_nearly_empty_windows_is_not_much_larger_than_a_full_one():
-    """Voxels of patches that are left out are read and painted too."""
-    masks = [np.arange(784) < 1] * 1000
-    jobs = [job_of(i, mask) for i, mask in enumerate(masks)]
-    full = max(map(len, batches([job_of(i, np.ones(784, bool)) for i in range(1000)])))
-    assert full == 4096 // 784
-    assert max(map(len, batches(jobs))) == 16384 // 784 <= 4 * full
+def test_a_batch_of_nearly_empty_windows_counts_their_class_tokens_too():
+    sizes = [len(batch) for batch in batches([job_of(i, np.arange(784) < 1) for i in range(5000)])]
+    assert sizes == [2048, 2048, 904]
 
 
 def test_no_batch_holds_more_windows_than_asked(network):
@@ -280,8 +275,8 @@ def test_a_patch_in_two_windows_is_painted_once_from_the_mean_of_what_both_say()
     """Each window says its number; what is painted goes from one to the other as the weights do."""
 
     class NumberedNetwork(OneVoxelNetwork):
-        def forward(self, pixel_values, token_mask=None, *, encode_only):
-            tokens = super().forward(pixel_values, token_mask, encode_only=encode_only).tokens
+        def forward(self, patches, token_mask):
+            tokens = super().forward(patches, token_mask).tokens
             return SimpleNamespace(tokens=torch.full_like(tokens, float(len(self.batches))))
 
         def paint(self, features, table, kept, raw):
@@ -348,11 +343,11 @@ def test_a_stack_on_disk_is_read_in_windows_and_layers_by_one_at_a_time(network,
 
 def test_a_network_that_fails_does_not_wait_for_what_is_still_to_be_painted(monkeypatch):
     class FailingNetwork(OneVoxelNetwork):
-        def forward(self, pixel_values, token_mask=None, *, encode_only):
+        def forward(self, patches, token_mask):
             if len(self.batches) == 3:
                 time.sleep(0.1)
                 raise KeyboardInterrupt
-            return super().forward(pixel_values, token_mask, encode_only=encode_only)
+            return super().forward(patches, token_mask)
 
         def paint(self, *arguments):
             painted.append(1)
@@ -371,7 +366,7 @@ def test_what_is_hung_onto_a_network_or_compiled_is_used():
     """Hooks, `torch.compile` and accelerate's mixed precision all wrap `forward`."""
     model, volume, called = tiny_model("volume"), Volume(fibre()), []
     expected = segment(model, volume).voxels
-    model.register_forward_pre_hook(lambda _, inputs: called.append(len(inputs[0])))
+    model.register_forward_pre_hook(lambda _, inputs: called.append(len(inputs[1])))
     model.compile(backend=lambda graph, _: called.append("compiled") or graph.forward)
     assert_allclose(segment(model, volume).voxels, expected, atol=1e-5)
     assert "compiled" in called

@@ -34,7 +34,7 @@ def segment(
         processor: normalises and selects; built from the model's config when none is given.
         statistics: grey levels of the whole volume, where `volume` is a part of it; measured when not given.
         select: leave out patches that hold only background (cost follows the neuron); False computes everything.
-        batch_size: most windows per forward pass; default as many as 4096 tokens and 16384 patches allow.
+        batch_size: most windows per forward pass; default as many as hold 4096 tokens.
 
     Windows have the size the network was trained with and share half of their depth and a patch in the plane; a patch
     is painted once, from the mean of its tokens. A volume smaller than a window is padded by repeating its border.

@@ -12,7 +12,7 @@ import torch
 from ..model.blocks_vit3d import Block
 from ..model.canvas_vit3d import TURNED_TO_FEATURES, Job
 from ..model.image_processing_vit3d import ViT3DImageProcessor
-from ..model.inference_vit3d import PATCHES_PER_BATCH, TOKENS_PER_BATCH, TOKENS_PER_GROUP, predict_box, window_plan
+from ..model.inference_vit3d import TOKENS_PER_BATCH, TOKENS_PER_GROUP, predict_box, window_plan
 from ..model.intensity_vit3d import CELL, IntensityStatistics
 from ..model.modeling_vit3d import HALO
 from ..volume import Volume
@@ -65,7 +65,7 @@ def _voxels_around(layout: Layout, around: list[int]) -> float:
 
 
 def check_memory(layout: Layout, model, volume: Volume, statistics: IntensityStatistics, memory_bytes: int) -> None:
-    """Run the largest batches, which also warms the network up, and refuse what will not fit."""
+    """Run the largest batch, which also warms the network up, and refuse what will not fit."""
     config = model.config
     try:
         _trial(model, volume, statistics)
@@ -81,16 +81,16 @@ def check_memory(layout: Layout, model, volume: Volume, statistics: IntensitySta
 
 
 def _trial(model, volume: Volume, statistics: IntensityStatistics) -> None:
-    """The batch of most tokens, and the one of most windows, of which three quarters of the patches are left out."""
+    """The batch of most tokens; every other window keeps a patch less, for padding takes memory too."""
     config = model.config
     read, write = Block((0, 0, 0), config.volume_size), Block((0, 0, 0), config.output_size)
-    grid = np.ones(config.grid_size, dtype=bool)
-    grid[0, 0, 0] = False  # the selecting path takes more memory than the dense one
-    sparse = (np.arange(grid.size) % 4 == 0).reshape(grid.shape)
-    kinds = ((grid, TOKENS_PER_BATCH), (sparse, PATCHES_PER_BATCH))
-    todo = [[Job(read, write, tokens)] * max(1, most // grid.size) for tokens, most in kinds]
+    full = np.ones(config.grid_size, dtype=bool)
+    less = full.copy()
+    less[0, 0, 0] = full.size == 1
+    most = max(1, TOKENS_PER_BATCH // (1 + full.size))
+    batch = [Job(read, write, (less, full)[number % 2]) for number in range(most)]
     voxels, plan = np.zeros(config.volume_size, dtype=volume.voxels.dtype), window_plan(config.output_size, config)
-    predict_box(model, voxels, plan, todo, ViT3DImageProcessor.from_config(config), statistics)
+    predict_box(model, voxels, plan, [batch], ViT3DImageProcessor.from_config(config), statistics)
 
 
 def peak_bytes() -> int:

@@ -10,16 +10,9 @@ import numpy as np
 import torch
 
 from ..model.canvas_vit3d import PAINTED_AT_ONCE, TURNED_TO_FEATURES
-from ..model.inference_vit3d import (
-    FAINT,
-    FREE_PADDING,
-    MOST_PADDED,
-    PATCHES_PER_BATCH,
-    TOKENS_PER_BATCH,
-    TOKENS_PER_GROUP,
-    window_plan,
-)
+from ..model.inference_vit3d import FAINT, TOKENS_PER_BATCH, TOKENS_PER_GROUP, window_plan
 from ..model.modeling_vit3d import SCORES_AT_ONCE
+from ..model.packing_vit3d import LIKE_LENGTHS
 from ..volume import Volume
 from .block_store import LEVELS, BlockStore, differences
 
@@ -39,11 +32,10 @@ def identity_of(model, volume: Volume, processor, select: bool) -> dict:
         "windows": {
             "overlap": list(window_plan(volume.shape, model.config).overlap),
             "tokens_per_batch": TOKENS_PER_BATCH,
-            "patches_per_batch": PATCHES_PER_BATCH,
             "tokens_per_group": TOKENS_PER_GROUP,
             "scores_at_once": SCORES_AT_ONCE,
             "painted_at_once": [PAINTED_AT_ONCE, TURNED_TO_FEATURES],
-            "padded": [MOST_PADDED, FREE_PADDING],
+            "like_lengths": LIKE_LENGTHS,
             "faint": FAINT,
             "rounded_to": LEVELS,
         },

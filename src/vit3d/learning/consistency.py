@@ -7,7 +7,7 @@ seams. The less it does, the fewer patches must neighbours share, each of which 
 import torch
 from torch.nn import functional
 
-from ..model.modeling_vit3d import to_patches
+from ..model.packing_vit3d import to_patches
 
 
 def disagreement(

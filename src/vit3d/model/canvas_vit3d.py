@@ -72,8 +72,8 @@ class Canvas:
         return there, inside, self._plan.weights(job.write, self._size)[inside] * job.kept[inside]
 
     def add(self, batch: list[Job], tokens: torch.Tensor) -> None:
-        """Tokens (windows, kept patches, fused), each patch's in raster order: each adds its share to its patch."""
-        for job, found in zip(batch, tokens, strict=True):
+        """Tokens (kept patches, fused), window by window in raster order: each adds its share to its patch."""
+        for job, found in zip(batch, tokens.split([job.num_tokens for job in batch]), strict=True):
             there, inside, weights = self._met(job)
             order = (np.cumsum(job.kept) - 1).reshape(job.kept.shape)[inside]
             kept = weights > 0

@@ -7,7 +7,6 @@ Windows share patches. The encoder sees such a patch in each of them; the mean o
 once, beside the patches that lie around it in the volume.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
@@ -22,10 +21,8 @@ from .image_processing_vit3d import ViT3DImageProcessor
 from .intensity_vit3d import IntensityStatistics
 from .modeling_vit3d import HALO
 
-TOKENS_PER_BATCH = 4096
-PATCHES_PER_BATCH = 4 * TOKENS_PER_BATCH  # those left out as well: their voxels take memory all the same
+TOKENS_PER_BATCH = 4096  # class tokens among them, of which a window has one
 TOKENS_PER_GROUP = 4 * TOKENS_PER_BATCH  # so many are computed before what no deeper window adds to is painted
-MOST_PADDED, FREE_PADDING = 1.25, 4  # a batch's largest row may hold so many times the tokens of its smallest, and 4
 FAINT = 1 / 512  # less than half a level of an 8-bit picture: written as 0, so that background stays empty
 
 
@@ -45,7 +42,7 @@ def predict(
         model: a `ViT3DForNeuronSegmentation` in evaluation mode, where it is to run.
         statistics: grey levels of the whole volume, where `voxels` are a part of it; measured when not given.
         select: leave out patches that hold only background; False computes everything.
-        batch_size: most windows per forward pass; default as many as 4096 tokens and 16384 patches allow.
+        batch_size: most windows per forward pass; default as many as hold 4096 tokens.
         progress: called with the list of batches, gives them one by one; `tqdm` fits.
     """
     statistics = statistics or processor.measure(voxels)
@@ -93,19 +90,16 @@ def occupied_windows(plan: Iterable[Block], selected: Callable[[Block], np.ndarr
 
 
 def batches(jobs: list[Job], batch_size: int | None = None) -> Iterator[list[Job]]:
-    """Windows of like token count together, so that little is padded; groups of them, one deeper than the other."""
+    """Windows of like token count together, which attend together; groups of them, one deeper than the other."""
     for group in _groups(jobs):
-        most = batch_size or max(1, PATCHES_PER_BATCH // group[0].kept.size)
-        batch, least = [], 0
+        batch, tokens = [], 0
         for job in sorted(group, key=lambda job: job.num_tokens):
-            tokens = job.num_tokens
-            full = len(batch) == most or (len(batch) + 1) * tokens > TOKENS_PER_BATCH
-            if batch and (full or tokens > MOST_PADDED * least + FREE_PADDING):
+            more = 1 + job.num_tokens
+            if batch and (len(batch) == batch_size or tokens + more > TOKENS_PER_BATCH):
                 yield batch
-                batch = []
-            if not batch:
-                least = tokens
+                batch, tokens = [], 0
             batch.append(job)
+            tokens += more
         yield batch
 
 
@@ -186,25 +180,23 @@ class _OneReader:
 def _encoded(
     model, voxels, todo: Iterable[list[Job]], processor: ViT3DImageProcessor, statistics: IntensityStatistics
 ) -> Iterator[tuple[list[Job], torch.Tensor]]:
-    """For each batch, in one forward pass: the tokens of its windows."""
-    # two buffers, in turn, for all batches: fresh memory would take longer than normalising
-    buffers = [np.empty(0, dtype=np.float32)] * 2
+    """For each batch, in one forward pass: the tokens of its windows' kept patches."""
 
     def prepared(batch: list[Job]) -> tuple[list[Job], np.ndarray]:
-        shape = (len(batch), 1, *batch[0].read.size)
-        buffers.reverse()
-        if buffers[0].size < math.prod(shape):
-            buffers[0] = np.empty(math.prod(shape), dtype=np.float32)
-        windows = buffers[0][: math.prod(shape)].reshape(shape)
-        for job, window in zip(batch, windows, strict=True):
-            processor.pixel_values(job.read.read(voxels), statistics, out=window[0])
-        return batch, windows
+        patches = np.concatenate([_kept_patches(job, voxels, model.config.patch_size) for job in batch])
+        return batch, processor.pixel_values(patches, statistics)
 
-    for batch, windows in _one_ahead(prepared, todo):
-        token_mask = np.stack([job.kept for job in batch])
-        # all kept is the dense computation: without a mask it needs no gathering
-        mask = None if token_mask.all() else torch.from_numpy(token_mask).to(model.device)
-        yield batch, model(torch.from_numpy(windows).to(model.device), mask, encode_only=True).tokens
+    for batch, patches in _one_ahead(prepared, todo):
+        token_mask = torch.from_numpy(np.stack([job.kept for job in batch]))
+        inputs = torch.from_numpy(patches).to(model.device), token_mask.to(model.device)
+        yield batch, model(*inputs).tokens
+
+
+def _kept_patches(job: Job, voxels, patch_size: tuple[int, int, int]) -> np.ndarray:
+    """(kept patches, voxels of a patch) of a window, in raster order."""
+    window = job.read.read(voxels)
+    cut = [side for pair in zip(job.kept.shape, patch_size, strict=True) for side in pair]
+    return window.reshape(cut).transpose(0, 2, 4, 1, 3, 5)[job.kept].reshape(job.num_tokens, -1)
 
 
 def _raw(voxels, corners: np.ndarray, config) -> np.ndarray:

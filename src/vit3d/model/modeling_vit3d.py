@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_vit3d import ViT3DConfig
 from .inflation_vit3d import STRATEGIES, inflate_state
+from .packing_vit3d import PackedWindows, from_patches, pack_tokens, packed_attention_forward, to_patches
 
 BACKGROUND_LOGIT = -10.0  # painted where a patch was left out
 HALO = 2  # voxels that the head's two 3x3x3 convolutions look beyond a patch
@@ -29,38 +31,6 @@ IGNORE_LABEL = -100
 SCORES_AT_ONCE = 2**18  # of attention, per thread of a CPU: in its cache
 MISSED_SHARE, MISSED_WEIGHT = 0.8, 6.0  # of the loss: what is missed, against what is made up
 _OVERRIDES = {"num_labels", "attn_implementation", *(field.name for field in fields(ViT3DConfig))}
-
-
-def to_patches(volume: torch.Tensor, patch_size: tuple[int, int, int]) -> torch.Tensor:
-    """(batch, channels, depth, height, width) -> (batch, num_patches, channels * voxels of a patch), x fastest."""
-    for axis, patch in zip((2, 4, 6), patch_size, strict=True):
-        volume = volume.unflatten(axis, (-1, patch))
-    # (batch, channels, gz, pz, gy, py, gx, px) -> (batch, gz, gy, gx, channels, pz, py, px)
-    return volume.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
-
-
-def from_patches(patches: torch.Tensor, grid_size: tuple[int, int, int], patch_size) -> torch.Tensor:
-    """(batch, num_patches, channels * voxels of a patch) -> (batch, channels, depth, height, width)."""
-    volume = patches.unflatten(2, (-1, *patch_size)).unflatten(1, grid_size)
-    # (batch, gz, gy, gx, channels, pz, py, px) -> (batch, channels, gz, pz, gy, py, gx, px)
-    volume = volume.permute(0, 4, 1, 5, 2, 6, 3, 7)
-    return volume.flatten(6, 7).flatten(4, 5).flatten(2, 3)
-
-
-def pack_tokens(token_mask: torch.Tensor, max_tokens: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(batch, num_patches) bool -> indices of the kept patches, padded by patches left out, and which are real.
-
-    Rows are as long as the longest, or `max_tokens` long: the shape is then known before the mask is, so that
-    `torch.compile` gets one graph. A row that keeps more fails.
-    """
-    if max_tokens is None:
-        max_tokens = max(1, int(token_mask.sum(1).max()))
-    else:
-        torch._assert_async(
-            token_mask.sum(1).max() <= max_tokens, f"`token_mask` keeps more than {max_tokens} patches."
-        )
-    indices = token_mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :max_tokens]
-    return indices, token_mask.gather(1, indices)
 
 
 @dataclass
@@ -96,8 +66,20 @@ class ViT3DEmbeddings(nn.Module):
         positions = table.unsqueeze(2) + column[..., None, None]
         return positions.flatten(2).transpose(1, 2).to(self.position_embeddings.dtype)
 
-    def forward(self, pixel_values: torch.Tensor, indices: torch.Tensor | None = None) -> torch.Tensor:
-        """(batch, channels, depth, height, width) -> (batch, 1 + kept patches, hidden)."""
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        indices: torch.Tensor | None = None,
+        windows: PackedWindows | None = None,
+    ) -> torch.Tensor:
+        """(batch, channels, depth, height, width) -> (batch, 1 + kept patches, hidden).
+
+        With packed `windows`, their kept patches (patches, channels * voxels) -> (1, windows + patches, hidden).
+        """
+        if windows is not None:
+            tokens = self.patch_embeddings(pixel_values) + self.positions(windows.grid_size)[0, windows.places]
+            class_token = (self.cls_token + self.position_embeddings[:, :1])[0].expand(windows.num_windows, -1)
+            return self.dropout(torch.cat([class_token, tokens])[None])
         patches = to_patches(pixel_values, self.config.patch_size)
         grid_size = tuple(n // p for n, p in zip(pixel_values.shape[2:], self.config.patch_size, strict=True))
         positions = self.positions(grid_size)
@@ -173,8 +155,11 @@ class ViT3DAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        groups: list | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`groups` are those of packed windows, as `packed_attention_forward` takes them."""
+
         def heads(projected: torch.Tensor) -> torch.Tensor:
             # (batch, tokens, hidden) -> (batch, heads, tokens, head_dim)
             return projected.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
@@ -184,6 +169,8 @@ class ViT3DAttention(nn.Module):
         )
         if self.config._attn_implementation == "sdpa" and not self.training and _is_slow_when_fused(hidden_states):
             attend = blocked_attention_forward
+        if groups is not None:
+            attend = partial(packed_attention_forward, attend, groups)
         context, weights = attend(
             self,
             heads(self.q_proj(hidden_states)),
@@ -289,17 +276,27 @@ class ViT3DModel(ViT3DPreTrainedModel):
                 dense. Kept patches come first in `last_hidden_state`, in raster order, padded to the longest row
                 (`pack_tokens` gives their indices).
             max_tokens: pad to so many patches instead; none of the mask's rows may keep more.
+
+        `pixel_values` of two dimensions are the kept patches alone, (patches, channels * voxels of a patch), window by
+        window in raster order. Nothing is padded then: all tokens are one row, (1, batch + patches, hidden), the
+        windows' class tokens first, and see in attention those of their own window.
         """
-        check_input(pixel_values, token_mask, self.config)
+        packed = pixel_values.ndim == 2
+        (check_patches if packed else check_input)(pixel_values, token_mask, self.config)
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         indices = attention_mask = None
-        if token_mask is not None:
-            indices, real = pack_tokens(token_mask.flatten(1), max_tokens)
-            attention_mask = functional.pad(real, (1, 0), value=True)
-        hidden_states = self.embeddings(pixel_values, indices)
-        attention_mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
-        )
+        if packed:
+            windows = PackedWindows.of(token_mask)
+            hidden_states = self.embeddings(pixel_values, windows=windows)
+            kwargs["groups"] = self._padded(windows, hidden_states)
+        else:
+            if token_mask is not None:
+                indices, real = pack_tokens(token_mask.flatten(1), max_tokens)
+                attention_mask = functional.pad(real, (1, 0), value=True)
+            hidden_states = self.embeddings(pixel_values, indices)
+            attention_mask = create_bidirectional_mask(
+                config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+            )
         states = []
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
@@ -307,6 +304,18 @@ class ViT3DModel(ViT3DPreTrainedModel):
         # not from recorded `hidden_states`, whose hooks no compiler can trace
         fused = tuple(states[depth - 1] for depth in self.config.fused_layers)
         return ViT3DModelOutput(last_hidden_state=self.layernorm(hidden_states), fused_states=fused)
+
+    def _padded(self, windows: PackedWindows, hidden_states: torch.Tensor) -> list[tuple]:
+        """The groups of packed windows as `packed_attention_forward` takes them; the same for all layers."""
+        groups = []
+        for rows, real in windows.groups:
+            padded = hidden_states.new_empty(()).expand(*rows.shape, self.config.hidden_size)  # for its shape
+            mask = create_bidirectional_mask(
+                config=self.config, inputs_embeds=padded, attention_mask=None if real.all() else real
+            )
+            places = real.flatten().nonzero()[:, 0]
+            groups.append((rows, mask, places, rows.flatten()[places]))
+        return groups
 
 
 class ViT3DHead(nn.Module):
@@ -353,9 +362,9 @@ class ViT3DHead(nn.Module):
         logits[places[0], places[1]] = patches.where(real[:, None], BACKGROUND_LOGIT)
         return from_patches(logits, grid_size, self.config.painted_size)
 
-    def fuse(self, states: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def fuse(self, states: tuple[torch.Tensor, ...], num_class_tokens: int = 1) -> torch.Tensor:
         """What the head paints from: an encoder's `fused_states`, without class token, (batch, kept patches, fused)."""
-        return self.layernorm(torch.cat(states, dim=-1)[:, 1:])
+        return self.layernorm(torch.cat([state[:, num_class_tokens:] for state in states], dim=-1))
 
     def features(self, tokens: torch.Tensor) -> torch.Tensor:
         """(patches, fused) -> what each token paints, (patches + 1, voxels, channels); the last patch is zero."""
@@ -414,7 +423,7 @@ class ViT3DHead(nn.Module):
 
 @dataclass
 class ViT3DSegmentationOutput(SemanticSegmenterOutput):
-    """`tokens`: what the head paints from, with `encode_only`."""
+    """`tokens`: what the head paints from, where the kept patches alone were given."""
 
     tokens: torch.Tensor | None = None
 
@@ -437,7 +446,6 @@ class ViT3DForNeuronSegmentation(ViT3DPreTrainedModel):
         token_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         max_tokens: int | None = None,
-        encode_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> "ViT3DSegmentationOutput":
         r"""
@@ -449,16 +457,17 @@ class ViT3DForNeuronSegmentation(ViT3DPreTrainedModel):
                 `prediction="center_slice"`. The loss is of one label: not with another `num_labels`.
             max_tokens: with a `token_mask`, pad to so many patches in place of the longest row, which may not keep
                 more: what is computed then has a fixed shape, and `torch.compile(fullgraph=True)` takes it.
-            encode_only: give the `tokens` that the head paints from, (batch, kept patches, fused), kept ones first and
-                in raster order, and no logits. Where windows share a patch, the mean of its tokens can be painted once
-                (`head.features`, `head.paint`).
+
+        `pixel_values` of two dimensions are the kept patches alone, (patches, channels * voxels of a patch), window by
+        window in raster order. What comes then are the `tokens` that the head paints from, (patches, fused), and no
+        logits: where windows share a patch, the mean of its tokens can be painted once (`head.features`, `head.paint`).
 
         Logits are fp32, (batch, num_labels, depth, height, width), in any weight dtype.
         """
         outputs = self.vit3d(pixel_values, token_mask, max_tokens, return_dict=True, **kwargs)
+        if pixel_values.ndim == 2:
+            return ViT3DSegmentationOutput(tokens=self.head.fuse(outputs.fused_states, len(token_mask))[0])
         tokens = self.head.fuse(outputs.fused_states)
-        if encode_only:
-            return ViT3DSegmentationOutput(tokens=tokens)
         logits = self.head(tokens, pixel_values.to(tokens.dtype), token_mask, max_tokens)
         return ViT3DSegmentationOutput(
             loss=segmentation_loss(logits, labels) if labels is not None else None,
@@ -545,6 +554,19 @@ def check_input(pixel_values: torch.Tensor, token_mask: torch.Tensor | None, con
         raise ValueError(f"`token_mask` must be (batch, *grid) = {(shape[0], *grid)}, got {tuple(token_mask.shape)}.")
     if token_mask is not None and token_mask.dtype != torch.bool:
         raise ValueError(f"`token_mask` must be bool, got {token_mask.dtype}.")
+
+
+def check_patches(patches: torch.Tensor, token_mask: torch.Tensor | None, config: ViT3DConfig) -> None:
+    """As `check_input`, where `pixel_values` are the kept patches alone."""
+    if token_mask is None or token_mask.ndim != 4 or token_mask.dtype != torch.bool:
+        raise ValueError(
+            "Patches without their windows need a bool `token_mask` (batch, *grid) that says where they lie."
+        )
+    expected = (int(token_mask.sum()), config.num_channels * math.prod(config.patch_size))
+    if tuple(patches.shape) != expected:
+        raise ValueError(
+            f"`pixel_values` must be the patches that `token_mask` keeps, {expected}, got {tuple(patches.shape)}."
+        )
 
 
 def _vit_config(source: str):

@@ -30,7 +30,7 @@ class NeuronSegmentationPipeline(Pipeline):
         spacing_um: voxel size (z, y, x); overrides what a file or a `Volume` says.
         channel: which channel of a file to read, counted from 0.
         select: leave out patches that hold only background (cost follows the neuron); False computes everything.
-        batch_size: most windows per forward pass; default as many as 4096 tokens and 16384 patches allow.
+        batch_size: most windows per forward pass; default as many as hold 4096 tokens.
         threshold: voxels of a higher probability are in the mask.
         trace: False leaves the tree out; True demands it, which fails where vit3d is not installed.
     """
