@@ -133,7 +133,7 @@ def test_threshold_selection_and_batch_size_are_obeyed(segmenter):
     dense = segmenter(fibre(20, 50, 60), select=False, trace=False)["probability"]
     assert_array_equal(dense, segment(segmenter.model, Volume(fibre(20, 50, 60)), select=False).voxels)
     counted = []
-    hook = segmenter.model.register_forward_pre_hook(lambda _, inputs: counted.append(len(inputs[0])))
+    hook = segmenter.model.register_forward_pre_hook(lambda _, inputs: counted.append(len(inputs[1])))
     segmenter(fibre(20, 50, 60), trace=False, batch_size=3)
     pipeline(TASK, model=segmenter.model, batch_size=2)(fibre(20, 50, 60), trace=False)
     hook.remove()
