@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from torch.nn import functional
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation
@@ -155,6 +156,14 @@ def test_packed_windows_are_encoded_in_bf16_too(prediction):
     expected = model.head.fuse(model.vit3d(inputs, mask).fused_states)[pack_tokens(mask.flatten(1))[1]]
     assert found.dtype == torch.bfloat16
     assert_close(found, expected, atol=0.1, rtol=0.05)
+
+
+def test_accelerate_moves_packed_windows_with_the_tokens():
+    """As it does between layers on different devices."""
+    groups = packing_vit3d.PackedWindows.of(grid_mask("volume", batch=3, share=0.6), torch.device("cpu")).groups
+    moved = send_to_device({"groups": groups}, "meta")["groups"]
+    assert moved[0].rows.device == moved[0].places.device == torch.device("meta")
+    assert moved[0].rows.shape == groups[0].rows.shape
 
 
 def test_patches_that_do_not_fit_their_windows_are_refused(prediction):

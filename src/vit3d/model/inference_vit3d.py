@@ -187,9 +187,8 @@ def _encoded(
         return batch, processor.pixel_values(patches, statistics)
 
     for batch, patches in _one_ahead(prepared, todo):
-        token_mask = torch.from_numpy(np.stack([job.kept for job in batch]))
-        inputs = torch.from_numpy(patches).to(model.device), token_mask.to(model.device)
-        yield batch, model(*inputs).tokens
+        token_mask = torch.from_numpy(np.stack([job.kept for job in batch]))  # where its numbers are asked for
+        yield batch, model(torch.from_numpy(patches).to(model.device), token_mask).tokens
 
 
 def _kept_patches(job: Job, voxels, patch_size: tuple[int, int, int]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import torch
@@ -23,7 +23,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_vit3d import ViT3DConfig
 from .inflation_vit3d import STRATEGIES, inflate_state
-from .packing_vit3d import PackedWindows, from_patches, pack_tokens, packed_attention_forward, to_patches
+from .packing_vit3d import LikeWindows, PackedWindows, from_patches, pack_tokens, packed_attention_forward, to_patches
 
 BACKGROUND_LOGIT = -10.0  # painted where a patch was left out
 HALO = 2  # voxels that the head's two 3x3x3 convolutions look beyond a patch
@@ -155,10 +155,10 @@ class ViT3DAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        groups: list | None = None,
+        groups: list[LikeWindows] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`groups` are those of packed windows, as `packed_attention_forward` takes them."""
+        """`groups` are those of packed windows."""
 
         def heads(projected: torch.Tensor) -> torch.Tensor:
             # (batch, tokens, hidden) -> (batch, heads, tokens, head_dim)
@@ -286,9 +286,9 @@ class ViT3DModel(ViT3DPreTrainedModel):
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         indices = attention_mask = None
         if packed:
-            windows = PackedWindows.of(token_mask)
+            windows = PackedWindows.of(token_mask, pixel_values.device)
             hidden_states = self.embeddings(pixel_values, windows=windows)
-            kwargs["groups"] = self._padded(windows, hidden_states)
+            kwargs["groups"] = [self._masked(group, hidden_states) for group in windows.groups]
         else:
             if token_mask is not None:
                 indices, real = pack_tokens(token_mask.flatten(1), max_tokens)
@@ -305,17 +305,11 @@ class ViT3DModel(ViT3DPreTrainedModel):
         fused = tuple(states[depth - 1] for depth in self.config.fused_layers)
         return ViT3DModelOutput(last_hidden_state=self.layernorm(hidden_states), fused_states=fused)
 
-    def _padded(self, windows: PackedWindows, hidden_states: torch.Tensor) -> list[tuple]:
-        """The groups of packed windows as `packed_attention_forward` takes them; the same for all layers."""
-        groups = []
-        for rows, real in windows.groups:
-            padded = hidden_states.new_empty(()).expand(*rows.shape, self.config.hidden_size)  # for its shape
-            mask = create_bidirectional_mask(
-                config=self.config, inputs_embeds=padded, attention_mask=None if real.all() else real
-            )
-            places = real.flatten().nonzero()[:, 0]
-            groups.append((rows, mask, places, rows.flatten()[places]))
-        return groups
+    def _masked(self, group: LikeWindows, hidden_states: torch.Tensor) -> LikeWindows:
+        """The group with its attention mask, which is the same for all layers."""
+        padded = hidden_states.new_empty(()).expand(*group.rows.shape, self.config.hidden_size)  # for its shape
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=padded, attention_mask=group.real)
+        return replace(group, attention_mask=mask)
 
 
 class ViT3DHead(nn.Module):

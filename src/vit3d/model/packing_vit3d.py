@@ -1,7 +1,7 @@
 """Patches of a volume, and rows of those that are kept: padded to one length, or packed without padding."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch.nn import functional
@@ -41,23 +41,45 @@ def pack_tokens(token_mask: torch.Tensor, max_tokens: int | None = None) -> tupl
     return indices, token_mask.gather(1, indices)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class LikeWindows:
+    """Windows of like length, which are padded to attend together.
+
+    rows: (windows, length) where their tokens lie among the packed ones; padding repeats class tokens.
+    real: which of them are no padding, the same shape; None where all are.
+    places: of the real ones, in `rows` laid flat.
+    """
+
+    rows: torch.Tensor
+    real: torch.Tensor | None
+    places: torch.Tensor
+    attention_mask: torch.Tensor | None = None  # as the attention that is used takes it
+
+    def to(self, device, **options) -> "LikeWindows":
+        """Accelerate moves what it can so call to the device of the next layer."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: t.to(device, **options) for name, t in tensors.items() if t is not None})
+
+    def attend(self, attention: Callable, module, query, key, value, context, **kwargs) -> None:
+        """Put their part of the (tokens, heads, head_dim) `context` where it belongs."""
+        states = (some[self.rows].transpose(1, 2) for some in (query, key, value))
+        found, _ = attention(module, *states, self.attention_mask, **kwargs)
+        context[self.rows.flatten()[self.places]] = found.flatten(0, 1)[self.places]
+
+
+@dataclass(frozen=True, eq=False)
 class PackedWindows:
     """Where the tokens of several windows lie when none is padded: their class tokens, then all kept patches, window by
-    window in raster order.
-
-    places: (patches,) of each its index in the grid of its window. groups: of windows of like length the rows of their
-    tokens, (windows, length), padded by class tokens, and which are real, the same shape.
-    """
+    window in raster order. `places`: (patches,) of each its index in the grid of its window."""
 
     num_windows: int
     grid_size: tuple[int, int, int]
     places: torch.Tensor
-    groups: list[tuple[torch.Tensor, torch.Tensor]]
+    groups: list[LikeWindows]
 
     @classmethod
-    def of(cls, token_mask: torch.Tensor) -> "PackedWindows":
-        """token_mask: (windows, grid_depth, grid_height, grid_width) bool."""
+    def of(cls, token_mask: torch.Tensor, device: torch.device) -> "PackedWindows":
+        """token_mask: (windows, grid_depth, grid_height, grid_width) bool; on a CPU nothing is waited for."""
         kept = token_mask.flatten(1).cpu()
         count, groups = kept.sum(1), []
         first = len(kept) + count.cumsum(0) - count  # row of each window's first patch
@@ -67,21 +89,16 @@ class PackedWindows:
             along = torch.arange(int(count[windows].max()))
             real = functional.pad(along < count[windows], (1, 0), value=True)
             rows = torch.cat([windows, first[windows] + along], dim=1).where(real, windows)
-            groups.append((rows.to(token_mask.device), real.to(token_mask.device)))
-        places = kept.nonzero()[:, 1].to(token_mask.device)
-        return cls(len(kept), tuple(token_mask.shape[1:]), places, groups)
+            places = real.flatten().nonzero()[:, 0]
+            groups.append(LikeWindows(rows, None if real.all() else real, places).to(device))
+        return cls(len(kept), tuple(token_mask.shape[1:]), kept.nonzero()[:, 1].to(device), groups)
 
 
-def packed_attention_forward(attend: Callable, groups: list, module, query, key, value, _, **kwargs):
-    """Attention of packed windows, (1, heads, tokens, head_dim) each, by whichever function attends among padded ones.
-
-    groups: of windows of like length the rows of their tokens, their attention mask, which of the padded tokens are
-    real, and the rows of those.
-    """
+def packed_attention_forward(attention: Callable, groups: list[LikeWindows], module, query, key, value, _, **kwargs):
+    """Attention within packed windows, (1, heads, tokens, head_dim) each, by whichever function attends among padded
+    ones."""
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (tokens, heads, head_dim)
     context = torch.empty_like(query)
-    for rows, mask, real, real_rows in groups:
-        states = (some[rows].transpose(1, 2) for some in (query, key, value))
-        found, _ = attend(module, *states, mask, **kwargs)
-        context[real_rows] = found.flatten(0, 1)[real]
+    for group in groups:
+        group.attend(attention, module, query, key, value, context, **kwargs)
     return context[None], None
