@@ -319,9 +319,7 @@ def test_levels_that_are_looked_up_are_those_that_are_computed(cut):
     statistics = measure(voxels)
     expected = normalize(voxels[cut].astype(np.float32), statistics, 0.4, 0.2)
     assert_array_equal(normalize(voxels[cut], statistics, 0.4, 0.2), expected)
-    out = np.empty((2, *expected.shape), np.float32)
-    assert_array_equal(normalize(voxels[cut].astype(np.uint16), statistics, 0.4, 0.2, out=out[1, ...]), expected)
-    assert_array_equal(out[1], expected)
+    assert_array_equal(normalize(voxels[cut].astype(np.uint16), statistics, 0.4, 0.2), expected)
 
 
 def test_a_deep_stack_is_measured_from_a_sample_of_its_slices():

@@ -27,13 +27,22 @@ from test_segmentation import OneVoxelNetwork, tiny_model
 from vit3d import ViT3DConfig, ViT3DImageProcessor, Volume, segment
 from vit3d.blockwise import selection
 from vit3d.blockwise.block_store import BlockStore, Layout, partial_path
-from vit3d.blockwise.memory_budget import BOXES, choose_layout, working_bytes
+from vit3d.blockwise.memory_budget import BOXES, check_memory, choose_layout, working_bytes
 from vit3d.blockwise.out_of_core import RunOptions, segment_store
 from vit3d.blockwise.provenance import machine_of, model_digest
 from vit3d.blockwise.segmentation_job import damage_report, segment_path
 from vit3d.model.blocks_vit3d import BlockPlan
-from vit3d.model.inference_vit3d import FAINT, batches, occupied_windows, predict_box, window_plan, windows_of
+from vit3d.model.inference_vit3d import (
+    FAINT,
+    TOKENS_PER_BATCH,
+    batches,
+    occupied_windows,
+    predict_box,
+    window_plan,
+    windows_of,
+)
 from vit3d.model.intensity_vit3d import foreground, foreground_reach, local_background, measure
+from vit3d.model.packing_vit3d import PackedWindows
 from vit3d.volume import open_volume
 
 SHAPE, BOX, SPACING_UM = (70, 150, 130), (64, 64, 64), (1.0, 0.3, 0.3)
@@ -433,6 +442,25 @@ def test_the_same_model_has_the_same_digest_in_every_precision_and_another_one_a
         next(model.parameters()).flatten()[0] += 1
     assert model_digest(model) != digest
     assert machine_of(model.to(torch.bfloat16))["dtype"] == "torch.bfloat16"
+
+
+@pytest.mark.parametrize("window", [(8, 16, 24), (16, 112, 112), (16, 184, 184), (40, 184, 184)])
+def test_the_trial_of_the_memory_is_a_full_batch_with_padding(window):
+    """Or one window, if that holds more."""
+
+    class Spy(OneVoxelNetwork):
+        def forward(self, patches, token_mask):
+            counts.extend(token_mask.flatten(1).sum(1).tolist())
+            return super().forward(patches, token_mask)
+
+    network, counts = Spy(), []
+    network.config = ViT3DConfig(volume_size=window)
+    volume, size = Volume(np.zeros(window, np.uint8)), int(np.prod(network.config.grid_size))
+    check_memory(Layout(window, BOX, SPACING_UM), network, volume, measure(volume.voxels), 2**40)
+    tokens = sum(counts) + len(counts)
+    assert 0.85 * TOKENS_PER_BATCH < tokens <= max(TOKENS_PER_BATCH, 1 + size)
+    assert len(PackedWindows.of(torch.arange(size) < torch.tensor(counts)[:, None]).groups) == 1
+    assert len(set(counts)) == min(2, len(counts))
 
 
 def test_what_does_not_fit_into_memory_is_refused_before_the_first_box(network, volume, tmp_path):

@@ -1,5 +1,6 @@
 """What a run may hold in memory: the write box that fits, and the refusal of what does not."""
 
+import math
 import os
 import re
 import resource
@@ -81,14 +82,15 @@ def check_memory(layout: Layout, model, volume: Volume, statistics: IntensitySta
 
 
 def _trial(model, volume: Volume, statistics: IntensityStatistics) -> None:
-    """The batch of most tokens; every other window keeps a patch less, for padding takes memory too."""
+    """A batch of `TOKENS_PER_BATCH`, or one window that holds more; every other keeps a patch less, for padding takes
+    memory too."""
     config = model.config
     read, write = Block((0, 0, 0), config.volume_size), Block((0, 0, 0), config.output_size)
-    full = np.ones(config.grid_size, dtype=bool)
-    less = full.copy()
-    less[0, 0, 0] = full.size == 1
-    most = max(1, TOKENS_PER_BATCH // (1 + full.size))
-    batch = [Job(read, write, (less, full)[number % 2]) for number in range(most)]
+    size = math.prod(config.grid_size)
+    windows = -(-TOKENS_PER_BATCH // (1 + size))
+    most = min(size, max(1, TOKENS_PER_BATCH // windows - 1))
+    kept = [(np.arange(size) < max(1, most - number % 2)).reshape(config.grid_size) for number in range(windows)]
+    batch = [Job(read, write, tokens) for tokens in kept]
     voxels, plan = np.zeros(config.volume_size, dtype=volume.voxels.dtype), window_plan(config.output_size, config)
     predict_box(model, voxels, plan, [batch], ViT3DImageProcessor.from_config(config), statistics)
 

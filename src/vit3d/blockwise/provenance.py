@@ -12,7 +12,7 @@ import torch
 from ..model.canvas_vit3d import PAINTED_AT_ONCE, TURNED_TO_FEATURES
 from ..model.inference_vit3d import FAINT, TOKENS_PER_BATCH, TOKENS_PER_GROUP, window_plan
 from ..model.modeling_vit3d import SCORES_AT_ONCE
-from ..model.packing_vit3d import LIKE_LENGTHS
+from ..model.packing_vit3d import FREE_PADDING, MOST_PADDED
 from ..volume import Volume
 from .block_store import LEVELS, BlockStore, differences
 
@@ -35,7 +35,7 @@ def identity_of(model, volume: Volume, processor, select: bool) -> dict:
             "tokens_per_group": TOKENS_PER_GROUP,
             "scores_at_once": SCORES_AT_ONCE,
             "painted_at_once": [PAINTED_AT_ONCE, TURNED_TO_FEATURES],
-            "like_lengths": LIKE_LENGTHS,
+            "padded": [MOST_PADDED, FREE_PADDING],
             "faint": FAINT,
             "rounded_to": LEVELS,
         },

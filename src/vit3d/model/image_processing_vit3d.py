@@ -59,9 +59,9 @@ class ViT3DImageProcessor(BaseImageProcessor):
         """Background, noise, bright level and polarity of a whole volume."""
         return measure(voxels, self.polarity)
 
-    def pixel_values(self, voxels, statistics: IntensityStatistics, out: np.ndarray | None = None) -> np.ndarray:
-        """Any box of the volume, float32, as the 2D source saw its photographs; into `out` where that is given."""
-        return normalize(voxels, statistics, self.image_mean, self.image_std, out)
+    def pixel_values(self, voxels, statistics: IntensityStatistics) -> np.ndarray:
+        """Any voxels of the volume, float32, as the 2D source saw its photographs."""
+        return normalize(voxels, statistics, self.image_mean, self.image_std)
 
     def foreground(self, voxels, statistics: IntensityStatistics) -> np.ndarray:
         """Voxels that may belong to a neurite; see `occupied_patches` for the tokens this keeps."""

@@ -143,18 +143,15 @@ def check_polarity(polarity: str) -> None:
         raise ValueError(f"`polarity` must be 'auto', 'bright' or 'dark', got {polarity!r}.")
 
 
-def normalize(
-    voxels, statistics: IntensityStatistics, mean: float = 0.0, std: float = 1.0, out: np.ndarray | None = None
-) -> np.ndarray:
+def normalize(voxels, statistics: IntensityStatistics, mean: float = 0.0, std: float = 1.0) -> np.ndarray:
     """Grey levels -> [0, 1] as a photograph would show them: background near 0, neurites bright, gamma-encoded.
 
-    Then less `mean` and divided by `std`; float32, into `out` where that is given.
+    Then less `mean` and divided by `std`; float32.
     """
     voxels = np.asarray(voxels)
-    out = np.empty(voxels.shape, dtype=np.float32) if out is None else out
     if voxels.dtype not in (np.uint8, np.uint16):
-        out[...] = _normalize(voxels, statistics, mean, std)
-        return out
+        return _normalize(voxels, statistics, mean, std)
+    out = np.empty(voxels.shape, dtype=np.float32)
     levels = _normalized_levels(statistics, voxels.dtype, mean, std)  # few grey levels: each is looked up,
     planes = (-1, *(voxels.shape[-2:] or (1,)))  # plane by plane: in the cache
     for plane, filled in zip(voxels.reshape(planes), out.reshape(planes), strict=True):

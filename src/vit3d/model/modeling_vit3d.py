@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
@@ -23,7 +23,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_vit3d import ViT3DConfig
 from .inflation_vit3d import STRATEGIES, inflate_state
-from .packing_vit3d import LikeWindows, PackedWindows, from_patches, pack_tokens, packed_attention_forward, to_patches
+from .packing_vit3d import PackedWindows, from_patches, pack_tokens, to_patches
 
 BACKGROUND_LOGIT = -10.0  # painted where a patch was left out
 HALO = 2  # voxels that the head's two 3x3x3 convolutions look beyond a patch
@@ -35,7 +35,7 @@ _OVERRIDES = {"num_labels", "attn_implementation", *(field.name for field in fie
 
 @dataclass
 class ViT3DModelOutput(BaseModelOutput):
-    """`fused_states`: per depth in `config.fused_layers` the tokens that a head paints from."""
+    """`fused_states`: per depth in `config.fused_layers` the tokens that a head paints from, without class token."""
 
     fused_states: tuple[torch.Tensor, ...] | None = None
 
@@ -79,7 +79,7 @@ class ViT3DEmbeddings(nn.Module):
         if windows is not None:
             tokens = self.patch_embeddings(pixel_values) + self.positions(windows.grid_size)[0, windows.places]
             class_token = (self.cls_token + self.position_embeddings[:, :1])[0].expand(windows.num_windows, -1)
-            return self.dropout(torch.cat([class_token, tokens])[None])
+            return self.dropout(torch.cat([class_token, tokens])[windows.order][None])
         patches = to_patches(pixel_values, self.config.patch_size)
         grid_size = tuple(n // p for n, p in zip(pixel_values.shape[2:], self.config.patch_size, strict=True))
         positions = self.positions(grid_size)
@@ -155,11 +155,9 @@ class ViT3DAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        groups: list[LikeWindows] | None = None,
+        windows: PackedWindows | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`groups` are those of packed windows."""
-
         def heads(projected: torch.Tensor) -> torch.Tensor:
             # (batch, tokens, hidden) -> (batch, heads, tokens, head_dim)
             return projected.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
@@ -169,8 +167,8 @@ class ViT3DAttention(nn.Module):
         )
         if self.config._attn_implementation == "sdpa" and not self.training and _is_slow_when_fused(hidden_states):
             attend = blocked_attention_forward
-        if groups is not None:
-            attend = partial(packed_attention_forward, attend, groups)
+        if windows is not None:
+            attend = partial(windows.attend, attend)
         context, weights = attend(
             self,
             heads(self.q_proj(hidden_states)),
@@ -278,17 +276,20 @@ class ViT3DModel(ViT3DPreTrainedModel):
             max_tokens: pad to so many patches instead; none of the mask's rows may keep more.
 
         `pixel_values` of two dimensions are the kept patches alone, (patches, channels * voxels of a patch), window by
-        window in raster order. Nothing is padded then: all tokens are one row, (1, batch + patches, hidden), the
-        windows' class tokens first, and see in attention those of their own window.
+        window in raster order. Nothing is padded then, and there are no `attentions`: all tokens are one row,
+        (1, batch + patches, hidden), each window's class token before its patches, and see those of their own window.
         """
         packed = pixel_values.ndim == 2
-        (check_patches if packed else check_input)(pixel_values, token_mask, self.config)
+        if packed:
+            check_patches(pixel_values, token_mask, max_tokens, self.config)
+        else:
+            check_input(pixel_values, token_mask, self.config)
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         indices = attention_mask = None
         if packed:
-            windows = PackedWindows.of(token_mask, pixel_values.device)
+            windows = PackedWindows.of(token_mask).to(pixel_values.device)
             hidden_states = self.embeddings(pixel_values, windows=windows)
-            kwargs["groups"] = [self._masked(group, hidden_states) for group in windows.groups]
+            kwargs["windows"] = windows.masked(self.config, hidden_states)
         else:
             if token_mask is not None:
                 indices, real = pack_tokens(token_mask.flatten(1), max_tokens)
@@ -302,14 +303,9 @@ class ViT3DModel(ViT3DPreTrainedModel):
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
             states.append(hidden_states)
         # not from recorded `hidden_states`, whose hooks no compiler can trace
-        fused = tuple(states[depth - 1] for depth in self.config.fused_layers)
+        patches = kwargs["windows"].patch_rows if packed else slice(1, None)
+        fused = tuple(states[depth - 1][:, patches] for depth in self.config.fused_layers)
         return ViT3DModelOutput(last_hidden_state=self.layernorm(hidden_states), fused_states=fused)
-
-    def _masked(self, group: LikeWindows, hidden_states: torch.Tensor) -> LikeWindows:
-        """The group with its attention mask, which is the same for all layers."""
-        padded = hidden_states.new_empty(()).expand(*group.rows.shape, self.config.hidden_size)  # for its shape
-        mask = create_bidirectional_mask(config=self.config, inputs_embeds=padded, attention_mask=group.real)
-        return replace(group, attention_mask=mask)
 
 
 class ViT3DHead(nn.Module):
@@ -356,9 +352,9 @@ class ViT3DHead(nn.Module):
         logits[places[0], places[1]] = patches.where(real[:, None], BACKGROUND_LOGIT)
         return from_patches(logits, grid_size, self.config.painted_size)
 
-    def fuse(self, states: tuple[torch.Tensor, ...], num_class_tokens: int = 1) -> torch.Tensor:
-        """What the head paints from: an encoder's `fused_states`, without class token, (batch, kept patches, fused)."""
-        return self.layernorm(torch.cat([state[:, num_class_tokens:] for state in states], dim=-1))
+    def fuse(self, states: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """What the head paints from: an encoder's `fused_states` -> (batch, kept patches, fused)."""
+        return self.layernorm(torch.cat(states, dim=-1))
 
     def features(self, tokens: torch.Tensor) -> torch.Tensor:
         """(patches, fused) -> what each token paints, (patches + 1, voxels, channels); the last patch is zero."""
@@ -459,9 +455,11 @@ class ViT3DForNeuronSegmentation(ViT3DPreTrainedModel):
         Logits are fp32, (batch, num_labels, depth, height, width), in any weight dtype.
         """
         outputs = self.vit3d(pixel_values, token_mask, max_tokens, return_dict=True, **kwargs)
-        if pixel_values.ndim == 2:
-            return ViT3DSegmentationOutput(tokens=self.head.fuse(outputs.fused_states, len(token_mask))[0])
         tokens = self.head.fuse(outputs.fused_states)
+        if pixel_values.ndim == 2:
+            if labels is not None:
+                raise ValueError("`labels` are of voxels, and patches alone give none.")
+            return ViT3DSegmentationOutput(tokens=tokens[0])
         logits = self.head(tokens, pixel_values.to(tokens.dtype), token_mask, max_tokens)
         return ViT3DSegmentationOutput(
             loss=segmentation_loss(logits, labels) if labels is not None else None,
@@ -550,12 +548,14 @@ def check_input(pixel_values: torch.Tensor, token_mask: torch.Tensor | None, con
         raise ValueError(f"`token_mask` must be bool, got {token_mask.dtype}.")
 
 
-def check_patches(patches: torch.Tensor, token_mask: torch.Tensor | None, config: ViT3DConfig) -> None:
+def check_patches(patches: torch.Tensor, token_mask: torch.Tensor | None, max_tokens, config: ViT3DConfig) -> None:
     """As `check_input`, where `pixel_values` are the kept patches alone."""
     if token_mask is None or token_mask.ndim != 4 or token_mask.dtype != torch.bool:
         raise ValueError(
             "Patches without their windows need a bool `token_mask` (batch, *grid) that says where they lie."
         )
+    if max_tokens is not None:
+        raise ValueError("`max_tokens` pads windows, and patches without their windows are not padded.")
     expected = (int(token_mask.sum()), config.num_channels * math.prod(config.patch_size))
     if tuple(patches.shape) != expected:
         raise ValueError(

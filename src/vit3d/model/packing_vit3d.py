@@ -1,12 +1,12 @@
 """Patches of a volume, and rows of those that are kept: padded to one length, or packed without padding."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
-from torch.nn import functional
+from transformers.masking_utils import create_bidirectional_mask
 
-LIKE_LENGTHS = 16  # windows whose numbers of tokens differ by less are padded to attend together
+MOST_PADDED, FREE_PADDING = 1.25, 4  # windows attend together that have at most so many times the fewest patches, and 4
 
 
 def to_patches(volume: torch.Tensor, patch_size: tuple[int, int, int]) -> torch.Tensor:
@@ -42,63 +42,116 @@ def pack_tokens(token_mask: torch.Tensor, max_tokens: int | None = None) -> tupl
 
 
 @dataclass(frozen=True, eq=False)
-class LikeWindows:
-    """Windows of like length, which are padded to attend together.
+class _LikeWindows:
+    """Windows of like length, which attend together.
 
     rows: (windows, length) where their tokens lie among the packed ones; padding repeats class tokens.
     real: which of them are no padding, the same shape; None where all are.
     places: of the real ones, in `rows` laid flat.
+    span: of the tokens, where all are real and lie side by side: nothing is then copied.
     """
 
     rows: torch.Tensor
     real: torch.Tensor | None
     places: torch.Tensor
+    span: slice | None
     attention_mask: torch.Tensor | None = None  # as the attention that is used takes it
 
-    def to(self, device, **options) -> "LikeWindows":
-        """Accelerate moves what it can so call to the device of the next layer."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: t.to(device, **options) for name, t in tensors.items() if t is not None})
+    @classmethod
+    def of(cls, windows: torch.Tensor, first: torch.Tensor, count: torch.Tensor) -> "_LikeWindows":
+        """windows: (windows,) their numbers. first, count: of every window its class token's row, its patches."""
+        first, count = first[windows, None], count[windows, None]
+        along = torch.arange(1 + int(count.max()))
+        real = along <= count
+        rows = (first + along).where(real, first)
+        side_by_side = bool(real.all()) and bool((first[1:] == first[:-1] + len(along)).all())
+        span = slice(int(first[0]), int(first[0]) + rows.numel()) if side_by_side else None
+        return cls(rows, None if real.all() else real, real.flatten().nonzero()[:, 0], span)
 
-    def attend(self, attention: Callable, module, query, key, value, context, **kwargs) -> None:
-        """Put their part of the (tokens, heads, head_dim) `context` where it belongs."""
-        states = (some[self.rows].transpose(1, 2) for some in (query, key, value))
-        found, _ = attention(module, *states, self.attention_mask, **kwargs)
-        context[self.rows.flatten()[self.places]] = found.flatten(0, 1)[self.places]
+    def to(self, device, **options) -> "_LikeWindows":
+        named = ("rows", "real", "places", "attention_mask")
+        tensors = {name: getattr(self, name) for name in named if getattr(self, name) is not None}
+        return replace(self, **{name: tensor.to(device, **options) for name, tensor in tensors.items()})
+
+    def padded(self, states: torch.Tensor) -> torch.Tensor:
+        """(tokens, heads, head_dim) -> (windows, heads, length, head_dim)"""
+        rows = states[self.rows] if self.span is None else states[self.span].unflatten(0, self.rows.shape)
+        return rows.transpose(1, 2)
+
+    def put(self, found: torch.Tensor, context: torch.Tensor) -> None:
+        """What they found, (windows, length, heads, head_dim), where it belongs among all tokens."""
+        if self.span is None:
+            context[self.rows.flatten()[self.places]] = found.flatten(0, 1)[self.places]
+        else:
+            context[self.span] = found.flatten(0, 1)
 
 
 @dataclass(frozen=True, eq=False)
 class PackedWindows:
-    """Where the tokens of several windows lie when none is padded: their class tokens, then all kept patches, window by
-    window in raster order. `places`: (patches,) of each its index in the grid of its window."""
+    """Where the tokens of several windows lie when none is padded: window by window its class token, then its kept
+    patches in raster order.
+
+    places: (patches,) of each its index in the grid of its window. order: (tokens,) of each its index among all class
+    tokens and then all patches. patch_rows: (patches,) where among the tokens each lies.
+    """
 
     num_windows: int
     grid_size: tuple[int, int, int]
     places: torch.Tensor
-    groups: list[LikeWindows]
+    order: torch.Tensor
+    patch_rows: torch.Tensor
+    groups: list[_LikeWindows]
 
     @classmethod
-    def of(cls, token_mask: torch.Tensor, device: torch.device) -> "PackedWindows":
-        """token_mask: (windows, grid_depth, grid_height, grid_width) bool; on a CPU nothing is waited for."""
+    @torch.compiler.disable
+    def of(cls, token_mask: torch.Tensor) -> "PackedWindows":
+        """token_mask: (windows, grid_depth, grid_height, grid_width) bool. On the CPU, where all its numbers are asked
+        for; `to` moves it."""
         kept = token_mask.flatten(1).cpu()
-        count, groups = kept.sum(1), []
-        first = len(kept) + count.cumsum(0) - count  # row of each window's first patch
-        alike = count.div(LIKE_LENGTHS, rounding_mode="floor")
-        for number in alike.unique():
-            windows = (alike == number).nonzero()
-            along = torch.arange(int(count[windows].max()))
-            real = functional.pad(along < count[windows], (1, 0), value=True)
-            rows = torch.cat([windows, first[windows] + along], dim=1).where(real, windows)
-            places = real.flatten().nonzero()[:, 0]
-            groups.append(LikeWindows(rows, None if real.all() else real, places).to(device))
-        return cls(len(kept), tuple(token_mask.shape[1:]), kept.nonzero()[:, 1].to(device), groups)
+        count = kept.sum(1)
+        first = (1 + count).cumsum(0) - 1 - count
+        is_patch = torch.ones(int((1 + count).sum()), dtype=torch.bool)
+        is_patch[first] = False
+        order = torch.empty(len(is_patch), dtype=torch.long)
+        order[~is_patch] = torch.arange(len(kept))
+        order[is_patch] = torch.arange(len(kept), len(order))
+        groups = [_LikeWindows.of(windows, first, count) for windows in _alike(count)]
+        grid_size, places = tuple(token_mask.shape[1:]), kept.nonzero()[:, 1]
+        return cls(len(kept), grid_size, places, order, is_patch.nonzero()[:, 0], groups)
+
+    def to(self, device, **options) -> "PackedWindows":
+        """Accelerate moves so what a layer on another device is given."""
+        tensors = {name: getattr(self, name).to(device, **options) for name in ("places", "order", "patch_rows")}
+        return replace(self, **tensors, groups=[group.to(device, **options) for group in self.groups])
+
+    @torch.compiler.disable
+    def masked(self, config, hidden_states: torch.Tensor) -> "PackedWindows":
+        """With the attention masks that these tokens (1, tokens, hidden) need; the same for all layers."""
+        groups = []
+        for group in self.groups:
+            padded = hidden_states.new_empty(()).expand(*group.rows.shape, hidden_states.shape[-1])  # for its shape
+            mask = create_bidirectional_mask(config=config, inputs_embeds=padded, attention_mask=group.real)
+            groups.append(replace(group, attention_mask=mask))
+        return replace(self, groups=groups)
+
+    @torch.compiler.disable
+    def attend(self, attention: Callable, module, query, key, value, _, **kwargs):
+        """Attention within each window, by whichever function attends among padded ones; (1, heads, tokens, head_dim)
+        each -> (1, tokens, heads, head_dim)."""
+        query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+        context = torch.empty_like(query)
+        for group in self.groups:
+            states = map(group.padded, (query, key, value))
+            group.put(attention(module, *states, group.attention_mask, **kwargs)[0], context)
+        return context[None], None
 
 
-def packed_attention_forward(attention: Callable, groups: list[LikeWindows], module, query, key, value, _, **kwargs):
-    """Attention within packed windows, (1, heads, tokens, head_dim) each, by whichever function attends among padded
-    ones."""
-    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (tokens, heads, head_dim)
-    context = torch.empty_like(query)
-    for group in groups:
-        group.attend(attention, module, query, key, value, context, **kwargs)
-    return context[None], None
+def _alike(count: torch.Tensor) -> list[torch.Tensor]:
+    """Windows of like number of patches: the largest has at most so many times those of the smallest, and a few."""
+    order = count.argsort(stable=True)
+    starts, least = [], -1.0
+    for place, patches in enumerate(count[order].tolist()):
+        if not starts or patches > MOST_PADDED * least + FREE_PADDING:
+            starts.append(place)
+            least = patches
+    return list(order.tensor_split(starts[1:]))
