@@ -165,6 +165,19 @@ def test_accelerate_moves_packed_windows_with_the_tokens():
     assert moved.groups[0].rows.shape == windows.groups[0].rows.shape
 
 
+@torch.no_grad()
+def test_a_compiled_network_takes_any_number_of_groups(monkeypatch):
+    """Each would else be one more graph, and torch compiles only some."""
+    monkeypatch.setattr(packing_vit3d, "MOST_PADDED", -1)  # each window for itself
+    model, graphs, counted = tiny_model(), [], []
+    model.compile(backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    for batch in range(2, 8):
+        inputs, mask = window("volume", batch), grid_mask("volume", batch=batch, share=0.6)
+        model(packed(inputs, mask, "volume"), mask)
+        counted.append(len(graphs))
+    assert 0 < counted[1] == counted[-1], counted
+
+
 def test_windows_of_like_length_attend_together_and_little_is_padded():
     count = torch.tensor([1, 784, 3, 700, 4, 30, 31, 29, 6, 100])
     groups = [sorted(count[windows].tolist()) for windows in packing_vit3d._alike(count)]

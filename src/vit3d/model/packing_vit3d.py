@@ -91,11 +91,10 @@ class PackedWindows:
     """Where the tokens of several windows lie when none is padded: window by window its class token, then its kept
     patches in raster order.
 
-    places: (patches,) of each its index in the grid of its window. order: (tokens,) of each its index among all class
-    tokens and then all patches. patch_rows: (patches,) where among the tokens each lies.
+    places: (patches,) of each its index in the grid of its window. order: (tokens,) of each its index among the
+    class token and then all patches. patch_rows: (patches,) where among the tokens each lies.
     """
 
-    num_windows: int
     grid_size: tuple[int, int, int]
     places: torch.Tensor
     order: torch.Tensor
@@ -113,12 +112,13 @@ class PackedWindows:
         is_patch = torch.ones(int((1 + count).sum()), dtype=torch.bool)
         is_patch[first] = False
         order = torch.empty(len(is_patch), dtype=torch.long)
-        order[~is_patch] = torch.arange(len(kept))
-        order[is_patch] = torch.arange(len(kept), len(order))
+        order[~is_patch] = 0
+        order[is_patch] = torch.arange(1, 1 + int(count.sum()))
         groups = [_LikeWindows.of(windows, first, count) for windows in _alike(count)]
         grid_size, places = tuple(token_mask.shape[1:]), kept.nonzero()[:, 1]
-        return cls(len(kept), grid_size, places, order, is_patch.nonzero()[:, 0], groups)
+        return cls(grid_size, places, order, is_patch.nonzero()[:, 0], groups)
 
+    @torch.compiler.disable
     def to(self, device, **options) -> "PackedWindows":
         """Accelerate moves so what a layer on another device is given."""
         tensors = {name: getattr(self, name).to(device, **options) for name in ("places", "order", "patch_rows")}
