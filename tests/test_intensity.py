@@ -109,6 +109,22 @@ def test_a_mask_shows_its_neurite_whatever_it_is_marked_with(high):
     assert found.mean() < 0.5
 
 
+@pytest.mark.parametrize("stored", [lambda v: v, lambda v: v.astype(np.float32) / 255], ids=["integers", "float"])
+@pytest.mark.parametrize("background", [0.5, 2.5])
+def test_a_dim_stack_whose_ground_wavers_between_a_few_levels_shows_its_dim_neurites(background, stored):
+    """A detector at low gain: half of the ground is 0, which was imaged all the same."""
+    voxels = np.random.default_rng(0).normal(background, 0.6, (16, 96, 192)).clip(0)
+    voxels[6:9, 47:50, :96] += np.linspace(5, 30, 96)
+    voxels[6:9, 70:73] += 3
+    voxels = np.rint(voxels).astype(np.uint8)
+    statistics = measure(stored(voxels))
+    assert statistics.fill is None
+    unit = float(stored(np.ones(1, np.uint8))[0])
+    assert statistics.background == pytest.approx(unit * voxels[:4].mean(), abs=0.1 * unit)
+    assert statistics.noise < 0.3 * unit
+    assert occupied_patches(foreground(stored(voxels), statistics), PATCH)[1:3, 8:10].any(axis=(0, 1)).all()
+
+
 def test_noise_and_background_of_a_noisy_stack_are_found():
     statistics = measure(neurite(noise=20, background=60))
     peak = 1 / np.sqrt(np.prod([2 * np.sqrt(np.pi) * s for s in BLUR_VOX]))  # white noise, after the blur
@@ -137,7 +153,7 @@ def test_a_neurite_on_uneven_ground_is_kept_and_the_ground_is_not(polarity):
 
 @pytest.mark.parametrize("polarity", ["bright", "dark"])
 def test_a_branch_too_dim_to_be_seen_alone_is_kept_where_it_goes_on_from_a_bright_one(polarity):
-    ground = np.random.default_rng(0).normal(100, 4, (16, 96, 192))
+    ground = np.random.default_rng(0).normal(100, 5.5, (16, 96, 192))
     ground[6:9, 47:50, :96] += 90
     ground[6:9, 47:50, 96:] += 4
     stack = np.rint(ground if polarity == "bright" else 255 - ground).clip(0, 255).astype(np.uint8)

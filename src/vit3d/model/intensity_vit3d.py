@@ -25,6 +25,7 @@ _PROBES, _PROBE = 128, (12, 96, 96)  # where a few slices alone would be too man
 _TILE = (16, 64, 128)  # blurred at once: in the cache
 CELL = (4, 16, 16)  # voxels over which the ground is averaged; whole cells make a tile
 _FEWEST_LEVELS = 20  # a stack of fewer grey levels has finer noise than one
+_BLURRED_ROUNDING = 0.1  # grey levels: twice what rounding voxel by voxel leaves after the blur
 _FILL_SAMPLE = 1_000_000  # voxels
 _LEAST_FILL, _MOST_FILL = 5e-4, 0.95  # shares of all voxels
 _MOST_BETWEEN = 0.1  # share of those that were never imaged
@@ -344,10 +345,11 @@ def _repeated(array: np.ndarray, counts: tuple[int, ...], shape: tuple[int, ...]
 
 
 def _grey_level(slabs: list[np.ndarray], sample: np.ndarray, background: float, spread: float) -> float:
-    """The least noise a stack can have: a 255th of its range, or 1 in integers whose noise can be seen.
+    """The least noise a stack can have: a 255th of its range, or 1 in integers whose noise may hide below a level.
 
     An 8-bit picture stored in 16 bits still has 8-bit grey levels; a 16-bit one with noise of its own keeps the
-    faint neurites that lie below an 8-bit level.
+    faint neurites that lie below an 8-bit level. Where noise lifts many voxels of the ground from one level to the
+    next, their mean over the blur tells finer steps than one level.
     """
     rounding = 1e-5 * float(np.abs(sample + background).max())  # of the blur's float32: no noise lies below it
     level = max(float(np.ptp(sample)) / 255, rounding, 1e-12)
@@ -355,10 +357,14 @@ def _grey_level(slabs: list[np.ndarray], sample: np.ndarray, background: float, 
         return level
     levels = slabs[len(slabs) // 2].reshape(-1)
     levels = levels[:: 1 + levels.size // 2**20]
+    some = np.sort(levels[:: 1 + levels.size // 2**16])
+    wavers = some[len(some) // 4] != some[3 * len(some) // 4]
     levels = np.flatnonzero(np.bincount(levels)) if levels.dtype in (np.uint8, np.uint16) else np.unique(levels)
     step = np.diff(levels.astype(float)).min(initial=np.inf)
     few = min(1.0, float(np.ptp(sample)) / _FEWEST_LEVELS)  # in a mask of 0 and 1 a whole level would hide everything
-    return few if spread >= step else max(few, level)
+    if spread >= step:
+        return few
+    return max(_BLURRED_ROUNDING * step if wavers else few, level)
 
 
 def _fill(slabs: list[np.ndarray]) -> tuple[float | None, float]:
@@ -376,8 +382,10 @@ def _fill(slabs: list[np.ndarray]) -> tuple[float | None, float]:
         return None, 0.0
     rest = rest.astype(np.float32)
     middle = _median(rest)
-    limit = middle - NOISE_FACTOR * max(_spread(rest), float(np.ptp(rest)) / 255)
-    few = len(np.unique(rest)) < _FEWEST_LEVELS  # what is no mask has noise
+    levels = np.unique(rest)
+    least = max(float(np.ptp(levels)) / 255, float(np.diff(levels).min(initial=np.inf)) / 2)  # noise that may not show
+    limit = middle - NOISE_FACTOR * max(_spread(rest), least)
+    few = len(levels) < _FEWEST_LEVELS  # what is no mask has noise
     between = (rest < (lowest + limit) / 2).sum()  # dark neurites lie above that
     is_fill = not few and lowest < limit and between <= _MOST_BETWEEN * filled
     is_fill = is_fill and (2 * filled <= values.size or _in_one_piece(slabs, lowest))
