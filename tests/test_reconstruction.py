@@ -24,8 +24,8 @@ from vit3d.model.modeling_vit3d import HALO
 from vit3d.reconstruction import (
     find_stacks,
     fits_in_memory,
-    in_focus,
     inverted,
+    light_of_its_own,
     masked,
     reconstruct,
     reconstruct_on_disk,
@@ -148,18 +148,23 @@ def test_of_two_neurites_the_one_in_focus_is_kept_though_it_is_shorter(dark, laz
     assert chosen.cable_length == pytest.approx(blurred.cable_length, rel=0.05)
 
 
-def test_focus_does_not_depend_on_brightness_and_is_that_of_the_tree_alone():
-    volume = two_fibres()
+@pytest.mark.parametrize("dark", [False, True])
+def test_what_lies_out_of_focus_or_is_dim_has_little_light_of_its_own_in_whatever_units(dark):
+    volume = two_fibres(dark)
     statistics = ViT3DImageProcessor.from_config(CONFIG).measure(volume.voxels)
     trees = reconstruct(Photograph(), volume, forest=True).tree.split()
     sharp, blurred = sorted(trees, key=lambda tree: tree.points[:, 1].mean())[:2]
-    dim = Volume(10 + (volume.voxels - 10.0) / 4, SPACING)
-    for stack, grey in ((volume, statistics), (dim, replace(statistics, background=statistics.background / 4 + 7.5))):
-        assert in_focus(sharp, stack, grey) > 0.9
-        assert in_focus(blurred, stack, grey) < 0.7
+    light = light_of_its_own(sharp, volume, statistics)
+    assert light_of_its_own(blurred, volume, statistics) < 0.2 * light
+    other = Volume(7 + volume.voxels / 4.0, SPACING)
+    grey = replace(statistics, background=statistics.background / 4 + 7, bright=statistics.bright / 4 + 7)
+    assert light_of_its_own(sharp, other, grey) == pytest.approx(light)
+    ground = np.float64(statistics.background)
+    dim = Volume(ground + (volume.voxels - ground) / 4, SPACING)
+    assert light_of_its_own(sharp, dim, statistics) == pytest.approx(light / 4, rel=0.1)
 
 
-def test_a_stack_too_narrow_to_tell_is_in_focus():
+def test_in_a_stack_too_narrow_to_tell_every_tree_counts():
     """No circle fits in: the longest tree is kept, and nothing is warned of."""
     voxels = np.zeros((60, 6, 6), np.uint8)
     voxels[2:40, 2:4, 2:4] = voxels[52:58, 2:4, 2:4] = 200
@@ -169,7 +174,7 @@ def test_a_stack_too_narrow_to_tell_is_in_focus():
     assert len(trees) == 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert [in_focus(tree, volume, statistics) for tree in trees] == [1.0, 1.0]
+        assert [light_of_its_own(tree, volume, statistics) for tree in trees] == [1.0, 1.0]
 
 
 def test_a_stack_becomes_a_tree_a_probability_a_review_and_a_picture(vit3d, tmp_path):

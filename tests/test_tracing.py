@@ -455,7 +455,7 @@ def test_grey_levels_below_zero_change_nothing(offset):
 def test_of_several_trees_the_one_that_counts_most_is_kept_and_never_a_speck():
     long, short, speck = (polyline([(8, y, 8), (8, y, 8 + size)], 2.0) for y, size in ((12, 90), (36, 50), (60, 2)))
     volume = Volume(paint(together(long, short, speck), (16, 72, 108)))
-    tree, _ = trace_with_review(volume, focus=lambda tree: 0.01 if tree.cable_length > 70 else 0.03)
+    tree, _ = trace_with_review(volume, share=lambda tree: 0.01 if tree.cable_length > 70 else 0.03)
     assert tree.cable_length == pytest.approx(50, abs=6)
     assert trace(volume).cable_length == pytest.approx(90, abs=6)
 

@@ -105,12 +105,12 @@ def trace_with_review(  # noqa: PLR0913 (those of `trace`, and one)
     forest: bool = False,
     step_um: float | None = None,
     min_voxels: float = MIN_VOXELS,
-    focus: Callable[[NeuronTree], float] | None = None,
+    share: Callable[[NeuronTree], float] | None = None,
 ) -> tuple[NeuronTree, list[Review]]:
     """As `trace`, with what deserves a look: what was left out, longest first, then joins and weak spots, least
     confident first.
 
-    focus: how much a tree counts, from 0 to 1, where one of several is to be kept: that of most cable times focus is.
+    share: how much of a tree's cable counts, 0 or more, where one of several is to be kept: that with most is.
     """
     refuse_other_than_volume(volume)
     _check(volume, root, min_branch_um, max_gap_um, step_um)
@@ -127,7 +127,7 @@ def trace_with_review(  # noqa: PLR0913 (those of `trace`, and one)
     gap = _GAP_VOXELS * step[1:].min() if max_gap_um is None else max_gap_um
     tree, bridges = join_fragments(tree, volume, level.probability, step, gap)
     whole = tree
-    tree, bridges, rows = _neuron(whole, bridges, root, forest, focus)
+    tree, bridges, rows = _neuron(whole, bridges, root, forest, share)
     left_out = _left_out(whole, rows)
     _warn_of_rivals(tree, left_out, root)
     reviews = sorted(_joins(tree, bridges) + _weak_spots(tree, bridges), key=lambda review: review.confidence)
@@ -191,18 +191,18 @@ def _salt(size: np.ndarray) -> int:
 
 
 def _neuron(
-    tree: NeuronTree, bridges: list[np.ndarray], root, forest: bool, focus=None
+    tree: NeuronTree, bridges: list[np.ndarray], root, forest: bool, share=None
 ) -> tuple[NeuronTree, list[np.ndarray], np.ndarray]:
-    """The tree with most cable in focus, or the one at `root`, its bridges and its rows in `tree`; with `forest` every
-    tree, that one first.
+    """The tree with most cable that counts, or the one at `root`, its bridges and its rows in `tree`; with `forest`
+    every tree, that one first.
 
     Each is rooted at its thickest node, or at the node nearest to `root`.
     """
     part = tree.root_of
     cable = np.bincount(part[tree.edges], tree.edge_lengths, len(tree))
     rivals = np.flatnonzero(cable >= _RIVAL * cable.max())
-    if focus is not None and root is None and len(rivals) > 1:
-        shares = [max(focus(tree.take(np.flatnonzero(part == rival))), 1e-6) for rival in rivals]
+    if share is not None and root is None and len(rivals) > 1:
+        shares = [max(share(tree.take(np.flatnonzero(part == rival))), 1e-6) for rival in rivals]
         counted = np.zeros(len(tree))
         counted[rivals] = cable[rivals] * shares
         cable = counted
