@@ -237,7 +237,7 @@ def test_texture_is_noise_whose_neighbours_are_alike():
         noise = (light_of(stack, Augmentation.none(texture=1), seed) - light_of(stack, NOTHING))[5]
         beside = np.corrcoef(noise[:, :-1].ravel(), noise[:, 1:].ravel())[0, 1]
         assert beside > 0.3
-        assert 0.005 < noise.std() < 0.15
+        assert 0.005 < noise.std() < 0.25
 
 
 def test_sharpening_leaves_a_halo_beside_the_neurite_and_nothing_far_away():

@@ -183,6 +183,19 @@ def test_the_token_mask_stays_on_the_image(monkeypatch):
         assert not item["token_mask"].all()
 
 
+def test_a_network_is_shown_the_light_that_a_variation_adds_as_background(monkeypatch):
+    """As `segment` would show it: cells out of focus are bright enough to be selected."""
+    monkeypatch.setattr("vit3d.patches.choose_tokens", lambda selected, rng, most: selected)
+    plain, crowded = (crops(augmentation=Augmentation.none(**varied)) for varied in ({}, {"crowd": 1}))
+    for before, after in ((plain[i], crowded[i]) for i in range(12)):
+        kept, added = after["token_mask"], after["token_mask"] & ~before["token_mask"]
+        assert (before["token_mask"] <= kept).all()
+        bright = after["pixel_values"][0].unfold(0, 4, 4).unfold(1, 8, 8).unfold(2, 8, 8).mean((3, 4, 5)) > 0.2
+        assert kept[bright].all()
+        assert set(after["labels"][dense_mask({"token_mask": added}, CONFIG)].tolist()) <= {0}
+    assert added.any()
+
+
 def test_no_crop_costs_more_than_the_bound():
     everything = np.ones((8, 8, 8), dtype=bool)
     kept = [int(choose_tokens(everything, np.random.default_rng(seed)).sum()) for seed in range(20)]

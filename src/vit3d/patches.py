@@ -14,7 +14,7 @@ import torch
 
 from .learning.augmentation import DEFAULT, Augmentation, resample, vary_geometry, vary_intensity, vary_orientation
 from .model.image_processing_vit3d import ViT3DImageProcessor
-from .model.intensity_vit3d import IntensityStatistics
+from .model.intensity_vit3d import FAINT_SHARE, IntensityStatistics
 from .targets import IGNORED
 
 NEURITE_SHARE = 0.8  # of the crops are centred on a neurite, the rest on anything that looks like one
@@ -146,7 +146,9 @@ class CropDataset(torch.utils.data.Dataset):
         if matrix is not None:
             voxels = resample(voxels, matrix, window, smooth=True)
             labels, mask = (resample(array, matrix, window, smooth=False) for array in (labels, mask))
-        pixel_values = self.processor.pixel_values(*vary_intensity(voxels, volume.statistics, rng, self.augmentation))
+        voxels, statistics = vary_intensity(voxels, volume.statistics, rng, self.augmentation)
+        mask = mask | self._lit(voxels, statistics)
+        pixel_values = self.processor.pixel_values(voxels, statistics)
         pixel_values, labels, mask = vary_orientation((pixel_values, labels, mask), rng, self.augmentation)
         selected = self.processor.token_mask(mask)
         keep = choose_tokens(selected, rng, MAX_TOKENS * selected.size // math.prod(self.config.grid_size))
@@ -159,6 +161,15 @@ class CropDataset(torch.utils.data.Dataset):
         windows = [self._window(pixel_values, labels, keep, place) for place in places]
         stacked = {name: torch.stack([window[name] for window in windows]) for name in windows[0]}
         return {**stacked, "places": torch.from_numpy(places)}
+
+    def _lit(self, voxels: np.ndarray, statistics) -> np.ndarray:
+        """Voxels of the patches in which a stack like that would show something: light that a variation added is in no
+        mask, and a network that never saw such patches would take what is there for neurites."""
+        patch = self.config.patch_size
+        blocks = [n for pair in zip(self._crop_size // patch, patch, strict=True) for n in pair]
+        mean = voxels.reshape(blocks).mean(axis=(1, 3, 5))
+        lit = (mean - statistics.background) * statistics.sign > FAINT_SHARE * statistics.contrast
+        return np.kron(lit, np.ones(patch, dtype=bool))
 
     @property
     def _crop_size(self) -> np.ndarray:

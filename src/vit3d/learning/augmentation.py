@@ -32,7 +32,7 @@ class Augmentation:
     polarity: float = 0.1
     crowd: float = 0.2
     stripes: float = 0.1
-    texture: float = 0.1
+    texture: float = 0.2
     speckle: float = 0.1
     sharpen: float = 0.15
 
@@ -162,15 +162,18 @@ def _with_artefacts(light: np.ndarray, rng: np.random.Generator, augmentation: A
     """What is no neurite, in the order in which light meets it: cells, optics, detector, software."""
     haze = np.float32(rng.uniform(0, 0.3))  # unstructured light that the statistics took for background
     if rng.random() < augmentation.crowd:
+        others = light[::-1, ::-1]
+        if rng.random() < 0.5:  # more of them
+            others = others + np.roll(light, rng.integers(light.shape), axis=(0, 1, 2))
         width = rng.uniform(4, 8)
-        glow = ndimage.gaussian_filter(light[::-1, ::-1], (rng.uniform(1.5, 4), width, width), mode="wrap", truncate=3)
-        light = light + np.float32(rng.uniform(0.1, 0.8)) * glow / max(np.float32(np.percentile(glow, 99.5)), 1e-3)
+        glow = ndimage.gaussian_filter(others, (rng.uniform(1.5, 4), width, width), mode="wrap", truncate=3)
+        light = light + np.float32(rng.uniform(0.1, 1.0)) * glow / max(np.float32(np.percentile(glow, 99.5)), 1e-3)
     if rng.random() < augmentation.stripes:
         light = (light + haze) * _stripes(light.shape, rng) - haze
     if rng.random() < augmentation.speckle:
         light = (light + haze) * _speckle(light.shape, rng) - haze
     if rng.random() < augmentation.texture:
-        light = light + np.float32(rng.uniform(0.01, 0.1)) * _clumped_noise(light.shape, rng)
+        light = light + np.float32(rng.uniform(0.01, 0.2)) * _clumped_noise(light.shape, rng)
     if rng.random() < augmentation.sharpen:
         width = rng.uniform(1.2, 3)
         blurred = ndimage.gaussian_filter(light, (0.5 * width, width, width), truncate=3)
