@@ -134,10 +134,23 @@ def seams(rng, light: np.ndarray, truth: NeuronTree) -> np.ndarray:
     return (light + 0.2) * factor
 
 
-UNLIKE = (puncta, blobs, jitter, seams)
+def dim(rng, light: np.ndarray, truth: NeuronTree) -> np.ndarray:
+    """A detector at low gain: the ground is 0 or 1, and a bright neurite a dozen grey levels."""
+    return light + 0.05
+
+
+def mesh(rng, light: np.ndarray, truth: NeuronTree) -> np.ndarray:
+    """Neurites of other cells, many and sharp, each far dimmer than the neuron, touch it everywhere."""
+    thin = Style(num_stems=4, cable_um=1500, stem_radius_um=0.3)
+    others = sum(clean(int(seed), thin)[0] for seed in rng.integers(10**6, 10**7, 2))
+    return 0.05 + light + 0.15 * others
+
+
+UNLIKE = (puncta, blobs, jitter, seams, dim, mesh)
 KINDS = {k.__name__: k for k in (plain, stripes, crowd, ringing, speckle, membrane, brightfield, *UNLIKE)}
 ALIKE = ("stripes", "crowd", "ringing", "speckle", "membrane", "brightfield")
 DARK = ("brightfield",)
+LEVELS = {"dim": 12}  # grey levels of a bright neurite; of the others' 200
 
 
 def clean(seed: int, style: Style | None = None) -> tuple[np.ndarray, NeuronTree]:
@@ -152,7 +165,7 @@ def unlike_stack(kind: str, seed: int) -> tuple[Volume, NeuronTree]:
     light, truth = clean(seed, STYLES.get(kind))
     light = np.clip(KINDS[kind](rng, light, truth), 0, None)
     counted = rng.poisson(100 * light) / 100 + 0.01 * rng.standard_normal(light.shape)
-    return Volume(np.clip(np.rint(200 * counted), 0, 255).astype(np.uint8), SPACING_UM), truth
+    return Volume(np.clip(np.rint(LEVELS.get(kind, 200) * counted), 0, 255).astype(np.uint8), SPACING_UM), truth
 
 
 def main() -> None:
