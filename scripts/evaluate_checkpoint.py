@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unlike_stacks import ALIKE, DARK, KINDS, SEEDS, unlike_stack
+from unlike_stacks import ALIKE, DARK, KINDS, SEEDS, UNSEEN, unlike_stack
 from vit3d.annotations.gold import align_gold, without_untraced
 from vit3d.bigneuron import find_pairs
 from vit3d.checkpoint import load_checkpoint
@@ -131,13 +131,13 @@ def _summary(rows: list[dict]) -> dict:
     return summary
 
 
-def scores(source: str, data: Path, selected_on: str) -> dict[str, list[dict]]:
+def scores(source: str, data: Path, selected_on: str, unlike_seeds=UNSEEN) -> dict[str, list[dict]]:
     """A row per stack: real ones, those of the training's generator, and those of kinds that it does not make."""
     model, processor = load_checkpoint(source)
     return {
         "real": [real_row(model, processor, pair, selected_on) for pair in find_pairs(data)],
         "simulated": [simulated_row(model, processor, seed) for seed in range(500, 512)],
-        "unlike": [unlike_row(model, processor, kind, seed) for kind in KINDS for seed in SEEDS],
+        "unlike": [unlike_row(model, processor, kind, seed) for kind in KINDS for seed in unlike_seeds],
         "cells": [cell_row(model, processor, seed) for seed in range(24)],
     }
 
@@ -177,7 +177,7 @@ def candidate_row(name: str, found: dict[str, list[dict]]) -> dict:
 def compare(folders: list[Path], args) -> None:
     store = args.card.with_name("candidates.jsonl")
     for folder in folders:
-        row = candidate_row(folder.name, scores(str(folder), args.data, args.selected_on))
+        row = candidate_row(folder.name, scores(str(folder), args.data, args.selected_on, SEEDS))
         others = map(json.loads, store.read_text().splitlines() if store.exists() else [])
         rows = sorted([row, *(o for o in others if o["weights"] != folder.name)], key=lambda row: row["weights"])
         store.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -20,7 +20,8 @@ from vit3d.tree import NeuronTree
 from vit3d.volume import Volume
 
 SHAPE, SPACING_UM = (48, 192, 192), (1.0, 0.33, 0.33)
-SEEDS = range(700, 710)
+SEEDS = range(700, 710)  # checkpoints are chosen by these,
+UNSEEN = range(760, 770)  # and none by these: what is said of the chosen one
 PSF_VOX = (1.5, 1.06, 1.06)
 NOISELESS = Microscope(photons=1e6, read_noise=0, background=0, unevenness=0, haze=0, gain=0.25, debris=0, bits=16)
 THICK = Style(stem_radius_um=2.2, thinnest_um=1.2, cable_um=250, branch_every_um=25, beads=0, boutons=0)
