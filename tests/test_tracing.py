@@ -455,9 +455,39 @@ def test_grey_levels_below_zero_change_nothing(offset):
 def test_of_several_trees_the_one_that_counts_most_is_kept_and_never_a_speck():
     long, short, speck = (polyline([(8, y, 8), (8, y, 8 + size)], 2.0) for y, size in ((12, 90), (36, 50), (60, 2)))
     volume = Volume(paint(together(long, short, speck), (16, 72, 108)))
-    tree, _ = trace_with_review(volume, share=lambda tree: 0.01 if tree.cable_length > 70 else 0.03)
+    tree, _ = trace_with_review(volume, light=lambda tree: np.full(len(tree), 0.2 if tree.cable_length > 70 else 0.3))
     assert tree.cable_length == pytest.approx(50, abs=6)
     assert trace(volume).cable_length == pytest.approx(90, abs=6)
+
+
+def comb(places: tuple[int, ...] = (25, 45, 65, 85)) -> Volume:
+    """A fibre along x at y = 10, 100 voxels long, that others of 80 voxels touch."""
+    teeth = (polyline([(8, 10, x), (8, 90, x)], 1.5) for x in places)
+    return Volume(paint(together(polyline([(8, 10, 8), (8, 10, 108)], 2.0), *teeth), (16, 100, 120)))
+
+
+def seen_as(dim: float):
+    """The light of the comb's neurites: 1 of the fibre, `dim` of what touches it."""
+    return lambda tree: np.where(tree.points[:, 1] < 13, 1.0, dim)
+
+
+def test_of_a_tree_that_is_mostly_dim_neurites_of_others_the_bright_part_is_the_neuron():
+    tree, reviews = trace_with_review(comb(), light=seen_as(0.1))
+    assert tree.num_roots == 1
+    assert tree.points[:, 1].max() < 13
+    assert tree.cable_length == pytest.approx(100, abs=6)
+    assert [review.kind for review in reviews][:1] == ["left out"]
+    assert reviews[0].length == pytest.approx(4 * 80, rel=0.1)
+    assert reviews[0].point[1] > 40
+    for kept in ({"root": (8.0, 10.0, 8.0)}, {"forest": True}):  # who names a root, or all trees, wants all
+        assert trace_with_review(comb(), light=seen_as(0.1), **kept)[0].cable_length > 380
+
+
+@pytest.mark.parametrize(("dim", "places"), [(0.4, (25, 45, 65, 85)), (0.0, (65,)), (np.nan, (25, 45, 65, 85))])
+def test_dim_branches_of_a_neuron_are_kept(dim, places):
+    """Many of two fifths of its light, one that has next to none, or where nobody can tell."""
+    volume = comb(places)
+    assert trace_with_review(volume, light=seen_as(dim))[0].cable_length == trace(volume).cable_length
 
 
 @pytest.mark.parametrize("other", [np.zeros((4, 5, 6)), "stack.tif"])

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from .centerlines.foreground import LIKELY
+from .centerlines.prominence import light_of_its_own
 from .formats.lazy_voxels import ChangedVoxels, LazyVoxels, VoxelsWithin, pieces
 from .model.intensity_vit3d import fill_level
 from .regridding import as_trained, on_grid_of
@@ -22,7 +23,6 @@ from .volume import SUFFIXES, Volume, is_stack, is_url, open_volume, write_volum
 
 Box = tuple[slice, slice, slice]
 
-_OWN_LIGHT_POWER = 3  # blurred cells may have fifteen times the cable of the neuron in front of them
 _BYTES_BESIDE = 12  # per voxel, for the probability and what it takes to make, trace and draw it
 _BYTES_ANYWAY = 2**30  # for the network and Python
 
@@ -76,7 +76,8 @@ def reconstruct(
 ) -> Reconstruction:
     """Segment and trace a stack, or the part of it inside `box`; `tracing` goes to `trace`.
 
-    Of trees that cannot be joined, the one with most cable and light of its own is the neuron (`light_of_its_own`).
+    Of trees that cannot be joined, the one with most cable and light of its own is the neuron
+    (`centerlines.prominence`), and of one that is mostly far dimmer neurites of other cells, the part that is not.
     `mask` (Z, Y, X), as large as the stack: nothing is traced where it is 0. Intensities are measured on the
     whole stack, so a box is segmented as it would be in the full run. A stack whose voxels are coarser than those that
     the network was trained on is segmented and traced on finer ones (`regridding.as_trained`); the tree says where its
@@ -203,30 +204,6 @@ def _turned(voxels: np.ndarray, highest, fill: float | None) -> np.ndarray:
     return turned if fill is None else np.where(voxels == fill, turned.dtype.type(0), turned)
 
 
-def light_of_its_own(tree: NeuronTree, volume: Volume, statistics) -> float:
-    """How much brighter a tree is than what lies around it; 1 as a bright neurite on an empty ground, 0 or more.
-
-    What lies out of focus blurs away around it and has little light of its own, however bright it is; so has what is
-    dim. Of up to 200 nodes, the mean: 3 x 3 x 3 voxels above the median of a circle in the plane, four voxels outside
-    the surface, as a share of the contrast that `statistics`, the stack's grey levels, know of.
-    """
-    step, last = np.array(volume.spacing_um or (1.0, 1.0, 1.0)), np.array(volume.shape) - 1
-    shares = []
-    for row in range(0, len(tree), -(-len(tree) // 200)):
-        z, y, x = np.clip(np.rint(tree.points[row] / step), 0, last).astype(int).tolist()
-        reach = math.ceil(tree.radii[row] / step[2]) + 4
-        low = [max(z - 1, 0), max(y - reach, 0), max(x - reach, 0)]
-        box = tuple(map(slice, low, (z + 2, y + reach + 1, x + reach + 1)))
-        voxels = np.asarray(volume.voxels[box]).astype(np.float64)
-        z, y, x = z - low[0], y - low[1], x - low[2]
-        down, right = np.ogrid[: voxels.shape[1], : voxels.shape[2]]
-        around = np.abs(np.hypot(down - y, right - x) - reach) < 0.7
-        if around.any():  # else the stack is narrower than the circle
-            here = voxels[:, max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2].mean()
-            shares.append((here - np.median(voxels[z][around])) * statistics.sign / statistics.contrast)
-    return max(float(np.mean(shares)), 0.0) if shares else 1.0
-
-
 def _traced(probability: Volume, part: Volume, statistics, tracing: dict) -> tuple[NeuronTree, list[Review]]:
     """The tree of the probability, whose voxels may be finer than those of the stack that it lies in.
 
@@ -239,10 +216,10 @@ def _traced(probability: Volume, part: Volume, statistics, tracing: dict) -> tup
     if tracing.get("threshold", "auto") == "auto":
         tracing = {**tracing, "threshold": LIKELY}  # it is a probability, whatever it looks like
 
-    def share(tree: NeuronTree) -> float:
-        return light_of_its_own(tree, part, statistics) ** _OWN_LIGHT_POWER
+    def light(tree: NeuronTree) -> np.ndarray:
+        return light_of_its_own(tree, part, statistics)
 
-    tree, reviews = trace_with_review(probability, share=share, **tracing)
+    tree, reviews = trace_with_review(probability, light=light, **tracing)
     return replace(tree, spacing_um=part.spacing_um), reviews
 
 

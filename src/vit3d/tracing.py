@@ -18,6 +18,7 @@ from vit3d.centerlines.foreground import (
     smoothed,
 )
 from vit3d.centerlines.joining import join_fragments
+from vit3d.centerlines.prominence import mean_light, most_prominent_part, prominence
 from vit3d.centerlines.skeleton import skeletonize
 from vit3d.centerlines.soma import with_hub, with_soma
 from vit3d.morphometry import resample
@@ -105,12 +106,13 @@ def trace_with_review(  # noqa: PLR0913 (those of `trace`, and one)
     forest: bool = False,
     step_um: float | None = None,
     min_voxels: float = MIN_VOXELS,
-    share: Callable[[NeuronTree], float] | None = None,
+    light: Callable[[NeuronTree], np.ndarray] | None = None,
 ) -> tuple[NeuronTree, list[Review]]:
     """As `trace`, with what deserves a look: what was left out, longest first, then joins and weak spots, least
     confident first.
 
-    share: how much of a tree's cable counts, 0 or more, where one of several is to be kept: that with most is.
+    light: gives (N,) a tree's light of its own, as `centerlines.prominence` takes it; by it and by its cable one of
+    several trees is kept, and of that no more than is the neuron. Without it, the one with most cable.
     """
     refuse_other_than_volume(volume)
     _check(volume, root, min_branch_um, max_gap_um, step_um)
@@ -127,7 +129,7 @@ def trace_with_review(  # noqa: PLR0913 (those of `trace`, and one)
     gap = _GAP_VOXELS * step[1:].min() if max_gap_um is None else max_gap_um
     tree, bridges = join_fragments(tree, volume, level.probability, step, gap)
     whole = tree
-    tree, bridges, rows = _neuron(whole, bridges, root, forest, share)
+    tree, bridges, rows = _neuron(whole, bridges, root, forest, light)
     left_out = _left_out(whole, rows)
     _warn_of_rivals(tree, left_out, root)
     reviews = sorted(_joins(tree, bridges) + _weak_spots(tree, bridges), key=lambda review: review.confidence)
@@ -191,32 +193,36 @@ def _salt(size: np.ndarray) -> int:
 
 
 def _neuron(
-    tree: NeuronTree, bridges: list[np.ndarray], root, forest: bool, share=None
+    tree: NeuronTree, bridges: list[np.ndarray], root, forest: bool, light=None
 ) -> tuple[NeuronTree, list[np.ndarray], np.ndarray]:
-    """The tree with most cable that counts, or the one at `root`, its bridges and its rows in `tree`; with `forest`
-    every tree, that one first.
+    """The most prominent tree, or the one at `root`, its bridges and its rows in `tree`; with `forest` every tree, that
+    one first.
 
     Each is rooted at its thickest node, or at the node nearest to `root`.
     """
     part = tree.root_of
     cable = np.bincount(part[tree.edges], tree.edge_lengths, len(tree))
     rivals = np.flatnonzero(cable >= _RIVAL * cable.max())
-    if share is not None and root is None and len(rivals) > 1:
-        shares = [max(share(tree.take(np.flatnonzero(part == rival))), 1e-6) for rival in rivals]
+    if light is not None and root is None and len(rivals) > 1:
+        lights = [mean_light(light(tree.take(np.flatnonzero(part == rival)))) for rival in rivals]
         counted = np.zeros(len(tree))
-        counted[rivals] = cable[rivals] * shares
+        counted[rivals] = prominence(cable[rivals], lights)
         cable = counted
     nearest = None if root is None else _nearest(tree, np.array(root))
     main = int(cable.argmax()) if root is None else part[nearest]
+    neuron = np.flatnonzero(part == main)
+    if light is not None and root is None and not forest:
+        alone = tree.take(neuron)
+        neuron = neuron[most_prominent_part(alone, light(alone))]
     tops = [] if root is None else [nearest]
     for other in np.unique(part) if forest or root is None else []:
         if other != (None if root is None else main):
-            rows = np.flatnonzero(part == other)
+            rows = neuron if other == main else np.flatnonzero(part == other)
             tops.append(rows[tree.radii[rows].argmax()])
-    rows = np.concatenate([np.flatnonzero(part == main), np.flatnonzero(part != main) if forest else []]).astype(int)
+    rows = np.concatenate([neuron, np.flatnonzero(part != main) if forest else []]).astype(int)
     new_row = np.full(len(tree), -1)
     new_row[rows] = np.arange(len(rows))
-    bridges = [new_row[bridge] for bridge in bridges if new_row[bridge[0]] >= 0]
+    bridges = [new_row[bridge] for bridge in bridges if (new_row[bridge] >= 0).all()]
     return tree.rerooted(tops).take(rows), bridges, rows
 
 
@@ -233,14 +239,15 @@ def _nearest(tree: NeuronTree, root: np.ndarray) -> int:
 
 
 def _left_out(tree: NeuronTree, kept: np.ndarray) -> list[Review]:
-    """One entry per tree that could not be joined and was dropped, longest first."""
+    """One entry per tree that could not be joined and was dropped, or that was in part, longest first."""
     if len(kept) == len(tree):
         return []
     part, gone = tree.root_of, np.setdiff1d(np.arange(len(tree)), kept)
-    cable = np.bincount(part[tree.edges], tree.edge_lengths, len(tree))
+    dropped = np.isin(tree.edges, gone)
+    cable = np.bincount(part[tree.edges[dropped]], tree.edge_lengths[dropped], len(tree))
     reviews = []
     for root in sorted(np.unique(part[gone]), key=lambda root: -cable[root]):
-        rows = np.flatnonzero(part == root)
+        rows = gone[part[gone] == root]
         middle = tuple(tree.points[rows].mean(0).tolist())
         reviews.append(Review("left out", middle, float(cable[root]), float(tree.confidence[rows].mean())))
     return reviews
