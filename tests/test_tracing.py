@@ -11,7 +11,9 @@ from scipy.spatial import cKDTree
 from vit3d.centerlines import foreground as foreground_module
 from vit3d.centerlines.foreground import find_foreground, find_level, smoothed
 from vit3d.centerlines.junctions import _depth_at
+from vit3d.centerlines.prominence import light_of_its_own, most_prominent_part
 from vit3d.formats.lazy_voxels import LazyVoxels
+from vit3d.model.intensity_vit3d import IntensityStatistics
 from vit3d.targets import paint
 from vit3d.tracing import trace, trace_with_review
 from vit3d.tree import SOMA, NeuronTree
@@ -488,6 +490,58 @@ def test_dim_branches_of_a_neuron_are_kept(dim, places):
     """Many of two fifths of its light, one that has next to none, or where nobody can tell."""
     volume = comb(places)
     assert trace_with_review(volume, light=seen_as(dim))[0].cable_length == trace(volume).cable_length
+
+
+def test_a_neuron_among_dim_neurites_is_preferred_to_a_smaller_tree_beside_it():
+    beside = paint(polyline([(8, 97, 8), (8, 97, 58)], 1.5), (16, 100, 120))
+    volume = Volume(comb().voxels | beside)
+
+    def light(tree):
+        return np.where(tree.points[:, 1] > 94, 0.6, seen_as(0.1)(tree))
+
+    tree, _ = trace_with_review(volume, max_gap_um=0, light=light)
+    assert tree.points[:, 1].max() < 13
+
+
+def branched(*branches: tuple[float, float]) -> tuple[NeuronTree, np.ndarray]:
+    """A trunk along x and one branch more after every 100 voxels, and their light: of (length, light) each; the trunk
+    is the first."""
+    trunk = np.arange(branches[0][0] + 1)
+    points, parents = [np.stack([0 * trunk, 0 * trunk, trunk], 1)], [np.arange(len(trunk)) - 1]
+    light = [np.full(len(trunk), branches[0][1])]
+    for number, (length, bright) in enumerate(branches[1:], start=1):
+        y, first = np.arange(1, length + 1), sum(map(len, parents))
+        points.append(np.stack([0 * y, y, np.full(len(y), 100 * number)], 1))
+        parents.append(np.concatenate([[100 * number], np.arange(first, first + len(y) - 1)]))
+        light.append(np.full(len(y), bright))
+    points, parents = np.concatenate(points), np.concatenate(parents).astype(int)
+    return NeuronTree(points, np.ones(len(points)), parents), np.concatenate(light)
+
+
+def test_the_part_that_is_kept_is_the_most_prominent_one():
+    tree, light = branched((5000, 0.05), (200, 1.0), (500, 0.5))
+    part, _ = most_prominent_part(tree, light)
+    assert light[part].min() == 1.0
+    assert part.sum() == pytest.approx(200, abs=2)
+    tree, light = branched((5000, 0.05), *[(40, bright) for bright in np.linspace(0.2, 1, 30)], (400, 0.9))
+    assert most_prominent_part(tree, light)[0][-1]
+
+
+def test_a_bright_spot_and_a_soma_make_nothing_else_dim():
+    """A neuron is not cut down to a branch of three voxels fifty times as bright."""
+    tree, light = branched((900, 1.0), (3, 50.0))
+    assert most_prominent_part(tree, light)[0].all()
+    volume = np.zeros((24, 60, 200))
+    volume[12, 30, 20:190] = 1.0
+    volume = ndimage.gaussian_filter(volume, 1.5)
+    volume /= volume.max()
+    z, y, x = np.indices(volume.shape)
+    soma = np.sqrt((z - 12) ** 2 + (y - 30) ** 2 + (x - 20) ** 2) < 9
+    stack = Volume(10 + 20 * volume + 2000 * soma)
+    neuron = trace(Volume(((volume > 0.3) | soma).astype(np.uint8)))
+    light = light_of_its_own(neuron, stack, IntensityStatistics(10, 1, 30))
+    assert np.isnan(light[neuron.radii > 6]).all()
+    assert most_prominent_part(neuron, light)[0].all()
 
 
 @pytest.mark.parametrize("other", [np.zeros((4, 5, 6)), "stack.tif"])

@@ -18,7 +18,7 @@ from .model.intensity_vit3d import FAINT_SHARE, IntensityStatistics
 from .targets import IGNORED
 
 NEURITE_SHARE = 0.8  # of the crops are centred on a neurite, the rest on anything that looks like one
-MAX_TOKENS = 192  # kept patches per window: a bound on the cost of a step
+MAX_TOKENS = 256  # kept patches per window: a bound on the cost of a step
 _JITTER = 0.25  # a crop's centre lies off its voxel by up to this share of the window
 
 
@@ -146,8 +146,9 @@ class CropDataset(torch.utils.data.Dataset):
         if matrix is not None:
             voxels = resample(voxels, matrix, window, smooth=True)
             labels, mask = (resample(array, matrix, window, smooth=False) for array in (labels, mask))
+        lit = self._lit(voxels, volume.statistics)
         voxels, statistics = vary_intensity(voxels, volume.statistics, rng, self.augmentation)
-        mask = mask | self._lit(voxels, statistics)
+        mask = mask | (self._lit(voxels, statistics) & ~lit)
         pixel_values = self.processor.pixel_values(voxels, statistics)
         pixel_values, labels, mask = vary_orientation((pixel_values, labels, mask), rng, self.augmentation)
         selected = self.processor.token_mask(mask)
@@ -163,8 +164,8 @@ class CropDataset(torch.utils.data.Dataset):
         return {**stacked, "places": torch.from_numpy(places)}
 
     def _lit(self, voxels: np.ndarray, statistics) -> np.ndarray:
-        """Voxels of the patches in which a stack like that would show something: light that a variation added is in no
-        mask, and a network that never saw such patches would take what is there for neurites."""
+        """Voxels of the bright patches. Those that a variation makes bright no mask holds, and a network that never saw
+        such light would take it for neurites."""
         patch = self.config.patch_size
         blocks = [n for pair in zip(self._crop_size // patch, patch, strict=True) for n in pair]
         mean = voxels.reshape(blocks).mean(axis=(1, 3, 5))

@@ -18,7 +18,7 @@ from vit3d.centerlines.foreground import (
     smoothed,
 )
 from vit3d.centerlines.joining import join_fragments
-from vit3d.centerlines.prominence import mean_light, most_prominent_part, prominence
+from vit3d.centerlines.prominence import most_prominent_part
 from vit3d.centerlines.skeleton import skeletonize
 from vit3d.centerlines.soma import with_hub, with_soma
 from vit3d.morphometry import resample
@@ -203,17 +203,20 @@ def _neuron(
     part = tree.root_of
     cable = np.bincount(part[tree.edges], tree.edge_lengths, len(tree))
     rivals = np.flatnonzero(cable >= _RIVAL * cable.max())
-    if light is not None and root is None and len(rivals) > 1:
-        lights = [mean_light(light(tree.take(np.flatnonzero(part == rival)))) for rival in rivals]
-        counted = np.zeros(len(tree))
-        counted[rivals] = prominence(cable[rivals], lights)
-        cable = counted
+    neurons = {}  # of each rival the rows that are the neuron
+    if light is not None and root is None:
+        cable = np.zeros(len(tree))
+        for rival in rivals:
+            rows = np.flatnonzero(part == rival)
+            alone = tree.take(rows)
+            inside, cable[rival] = most_prominent_part(alone, light(alone))
+            neurons[rival] = rows if forest else rows[inside]
     nearest = None if root is None else _nearest(tree, np.array(root))
     main = int(cable.argmax()) if root is None else part[nearest]
-    neuron = np.flatnonzero(part == main)
-    if light is not None and root is None and not forest:
-        alone = tree.take(neuron)
-        neuron = neuron[most_prominent_part(alone, light(alone))]
+    neuron = neurons.get(main, np.flatnonzero(part == main))
+    for bridge in bridges:  # of one to what is left out, no stub stays
+        if not np.isin(bridge, neuron).all():
+            neuron = np.setdiff1d(neuron, bridge[1:-1])
     tops = [] if root is None else [nearest]
     for other in np.unique(part) if forest or root is None else []:
         if other != (None if root is None else main):

@@ -9,11 +9,13 @@ from scipy.sparse.csgraph import connected_components
 from vit3d.tree import NeuronTree, follow
 from vit3d.volume import Volume
 
-_SAMPLED = 400  # nodes of a tree whose light is looked up
+_SAMPLED = 2000  # nodes of a tree whose light is looked up
+_SOMA = 3.0  # times the median radius: a soma outshines every neurite, and tells nothing
 _POWER = 3  # blurred cells may have fifteen times the cable of the neuron in front of them
-_FAR_MORE = 4.5  # a part so many times as prominent as its whole tree is the neuron; of one neuron none is twice
-_EXTENT_POWER = 2  # what of its dimmer branches it then keeps
-_LEVELS = 20  # of brightness at which a tree is cut, at most
+_FAR_MORE = 4  # a part so many times as prominent as its whole tree is the neuron; of one neuron none is
+_EXTENT_POWER = 2.2  # what of its dimmer branches it then keeps
+_LEVELS = 25  # of brightness at which a tree is cut
+_FEWEST = 0.01  # of a tree's cable: the brightest so many are as bright as the dimmest of them, or a spot would count
 
 
 def light_of_its_own(tree: NeuronTree, volume: Volume, statistics) -> np.ndarray:
@@ -22,11 +24,12 @@ def light_of_its_own(tree: NeuronTree, volume: Volume, statistics) -> np.ndarray
     What lies out of focus blurs away around it and has little light of its own, however bright it is; so has what is
     dim. 3 x 3 x 3 voxels above the median of a circle in the plane, four voxels outside the surface, as a share of
     the contrast that `statistics`, the stack's grey levels, know of. NaN at nodes that were left out, where there are
-    many, and where the stack is narrower than the circle.
+    many, in what is as thick as a soma, and where the stack is narrower than the circle.
     """
     step, last = np.array(volume.spacing_um or (1.0, 1.0, 1.0)), np.array(volume.shape) - 1
     light = np.full(len(tree), np.nan)
-    for row in range(0, len(tree), max(1, -(-len(tree) // _SAMPLED))):
+    thin = np.flatnonzero(tree.radii <= _SOMA * np.median(tree.radii)) if len(tree) else []
+    for row in thin[:: 1 + len(thin) // _SAMPLED]:
         z, y, x = np.clip(np.rint(tree.points[row] / step), 0, last).astype(int).tolist()
         reach = math.ceil(tree.radii[row] / step[2]) + 4
         low = [max(z - 1, 0), max(y - reach, 0), max(x - reach, 0)]
@@ -42,60 +45,79 @@ def light_of_its_own(tree: NeuronTree, volume: Volume, statistics) -> np.ndarray
     return light
 
 
-def prominence(cable, light, power: float = _POWER):
-    """What tells the neuron from others: its cable times the cube of its light; where that is 0, its cable tells."""
-    return cable * np.maximum(light, 1e-2) ** power
-
-
-def mean_light(light: np.ndarray) -> float:
-    """Of a tree; 1 where nobody can tell."""
-    known = light[np.isfinite(light)]
-    return float(known.mean()) if len(known) else 1.0
-
-
-def most_prominent_part(tree: NeuronTree, light: np.ndarray) -> np.ndarray:
+def most_prominent_part(tree: NeuronTree, light: np.ndarray) -> tuple[np.ndarray, float]:
     """(N,) bool: the connected part of a tree that is the neuron, where most of it is neurites of other cells; all of
-    it where no part is far more prominent than the whole.
+    it where no part is far more prominent than the whole. And how prominent that is.
 
-    A branch is as bright as its nodes on average. Parts are what is left when all branches below some brightness go.
+    Prominent is what has much cable and light: cable times the cube of the light, per branch the mean of its nodes.
     """
-    everything = np.ones(len(tree), dtype=bool)
-    has_parent = tree.parents >= 0
-    above = np.where(has_parent, tree.parents, np.arange(len(tree)))
-    goes_on = has_parent & (tree.num_children[above] == 1)
-    branch = follow(np.where(goes_on, above, np.arange(len(tree))))  # its first node
-    known = np.isfinite(light)
-    samples = np.bincount(branch[known], minlength=len(tree))
-    if not known.any():
-        return everything
-    level = np.bincount(branch[known], light[known], len(tree)) / np.maximum(samples, 1)
-    level = level[follow(np.where(samples[branch] > 0, branch, branch[above]))]  # without a sample: as what it leaves
-    cable = np.bincount(branch[tree.edges], tree.edge_lengths, len(tree))
-    whole = prominence(cable.sum(), (cable * level).sum() / max(cable.sum(), 1e-12))
-    heads = np.unique(branch)
-    best, part = np.zeros(2), everything
-    for cut in np.unique(np.quantile(level[heads], np.linspace(0, 1, _LEVELS, endpoint=False))):
-        kept = heads[level[heads] >= cut]
-        label = _components(tree, branch, kept)[kept]
-        length, bright = np.bincount(label, cable[kept]), np.bincount(label, (cable * level)[kept])
-        mean = bright / np.maximum(length, 1e-12)
-        for place, power in enumerate((_POWER, _EXTENT_POWER)):
-            scores = prominence(length, mean, power)
-            if scores.max() > best[place]:
-                best[place] = scores.max()
-                if power == _EXTENT_POWER:
-                    part = np.isin(branch, kept[label == scores.argmax()])
-    if best[0] < _FAR_MORE * whole:
-        return everything
-    forks = np.bincount(tree.parents[has_parent & part], minlength=len(tree)) >= 2
-    return part | forks  # two of its branches may meet at the end of one that is none of its own
+    everything, known = np.ones(len(tree), dtype=bool), np.isfinite(light)
+    cable = tree.edge_lengths.sum()
+    if not known.any() or not cable:
+        return everything, float(cable)
+    branches = _Branches(tree, np.where(known, light, 0), known)
+    whole = _prominence(cable, branches.mean_level(branches.heads), _POWER)
+    core, score = branches.best_part(_POWER)
+    if score < _FAR_MORE * whole:
+        return everything, whole
+    extent, _ = branches.best_part(_EXTENT_POWER, around=core[0])
+    part = np.isin(branches.of_node, extent)
+    forks = np.bincount(tree.parents[(tree.parents >= 0) & part], minlength=len(tree)) >= 2
+    return part | forks, score  # two of its branches may meet at the end of one that is none of its own
 
 
-def _components(tree: NeuronTree, branch: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """(N,) a number per connected part, at the first nodes of the branches in `kept`; branches meet at forks."""
-    below = kept[tree.parents[kept] >= 0]
-    forks = tree.parents[below]
-    parents = np.isin(branch[forks], kept)
-    pairs = np.concatenate([[below, forks], [branch[forks][parents], forks[parents]]], axis=1)
-    graph = coo_matrix((np.ones(pairs.shape[1]), pairs), shape=(len(tree), len(tree)))
-    return connected_components(graph, directed=False)[1]
+def _prominence(cable, light, power: float):
+    return cable * np.maximum(light, 1e-2) ** power  # where there is no light, cable tells
+
+
+class _Branches:
+    """The branches of a tree, each called by its first node, and how bright they are."""
+
+    def __init__(self, tree: NeuronTree, light: np.ndarray, known: np.ndarray):
+        rows, count = np.arange(len(tree)), len(tree)
+        self.parents = tree.parents
+        above = np.where(tree.parents >= 0, tree.parents, rows)
+        goes_on = (tree.parents >= 0) & (tree.num_children[above] == 1)
+        self.of_node = follow(np.where(goes_on, above, rows))
+        self.heads = np.unique(self.of_node)
+        self.cable = np.bincount(self.of_node[tree.edges], tree.edge_lengths, count)
+        samples = np.bincount(self.of_node[known], minlength=count)
+        level = np.bincount(self.of_node[known], light[known], count) / np.maximum(samples, 1)
+        # one without a sample is as bright as the one that it leaves
+        told = follow(np.where(samples[self.of_node] > 0, self.of_node, self.of_node[above]))
+        level = np.where(samples[told] > 0, level[told], light[known].mean())
+        by_level = self.heads[np.argsort(-level[self.heads])]
+        share = np.cumsum(self.cable[by_level]) / self.cable.sum()  # of the cable, that is as bright or brighter
+        top = level[by_level[np.searchsorted(share, _FEWEST)]]
+        self.level = np.minimum(level, top)
+        self.cuts = np.linspace(0, top, _LEVELS)
+
+    def mean_level(self, heads: np.ndarray) -> float:
+        return float(np.average(self.level[heads], weights=self.cable[heads]))
+
+    def best_part(self, power: float, around: int | None = None) -> tuple[np.ndarray, float]:
+        """(The branches of the most prominent connected part; its prominence): of all that is left where the branches
+        below some brightness go, and, with `around`, that holds this branch."""
+        best, most = self.heads, 0.0
+        for cut in self.cuts:
+            kept = self.heads[self.level[self.heads] >= cut]
+            if around is not None and around not in kept:
+                break
+            label = self._components(kept)[kept]
+            length = np.bincount(label, self.cable[kept])
+            bright = np.bincount(label, (self.cable * self.level)[kept]) / np.maximum(length, 1e-12)
+            scores = _prominence(length, bright, power)
+            if around is not None:
+                scores[np.arange(len(scores)) != label[kept == around]] = 0.0
+            if scores.max() > most:
+                best, most = kept[label == scores.argmax()], float(scores.max())
+        return best, most
+
+    def _components(self, kept: np.ndarray) -> np.ndarray:
+        """(N,) a number per connected part, at the branches in `kept`; branches meet at forks."""
+        below = kept[self.parents[kept] >= 0]
+        forks = self.parents[below]
+        parents = np.isin(self.of_node[forks], kept)
+        pairs = np.concatenate([[below, forks], [self.of_node[forks][parents], forks[parents]]], axis=1)
+        graph = coo_matrix((np.ones(pairs.shape[1]), pairs), shape=(len(self.parents), len(self.parents)))
+        return connected_components(graph, directed=False)[1]

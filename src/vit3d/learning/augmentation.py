@@ -30,7 +30,7 @@ class Augmentation:
     blur: float = 0.15
     drop_slices: float = 0.1
     polarity: float = 0.1
-    crowd: float = 0.2
+    crowd: float = 0.25
     stripes: float = 0.1
     texture: float = 0.2
     speckle: float = 0.1
