@@ -492,6 +492,18 @@ def test_dim_branches_of_a_neuron_are_kept(dim, places):
     assert trace_with_review(volume, light=seen_as(dim))[0].cable_length == trace(volume).cable_length
 
 
+def test_of_a_join_to_what_is_left_out_no_stub_stays_on_the_neuron():
+    """The fibre ends at x = 60, and is joined over a gap to the side of a dim one that others touch."""
+    teeth = (polyline([(8, y, 70), (8, y, 114)], 1.5) for y in (8, 22, 56, 70, 90))
+    fibres = (polyline([(8, 40, 8), (8, 40, 60)], 2.0), polyline([(8, 4, 70), (8, 96, 70)], 1.5))
+    volume = Volume(paint(together(*fibres, *teeth), (16, 100, 120)))
+    assert trace(volume).num_roots == 1
+    assert trace(volume).cable_length > 330
+    tree, _ = trace_with_review(volume, light=lambda tree: np.where(tree.points[:, 2] < 65, 1.0, 0.05))
+    assert tree.num_roots == 1
+    assert tree.points[:, 2].max() < 63
+
+
 def test_a_neuron_among_dim_neurites_is_preferred_to_a_smaller_tree_beside_it():
     beside = paint(polyline([(8, 97, 8), (8, 97, 58)], 1.5), (16, 100, 120))
     volume = Volume(comb().voxels | beside)

@@ -210,13 +210,10 @@ def _neuron(
             rows = np.flatnonzero(part == rival)
             alone = tree.take(rows)
             inside, cable[rival] = most_prominent_part(alone, light(alone))
-            neurons[rival] = rows if forest else rows[inside]
+            neurons[rival] = rows if forest or inside.all() else _without_stubs(tree, rows[inside], bridges)
     nearest = None if root is None else _nearest(tree, np.array(root))
     main = int(cable.argmax()) if root is None else part[nearest]
     neuron = neurons.get(main, np.flatnonzero(part == main))
-    for bridge in bridges:  # of one to what is left out, no stub stays
-        if not np.isin(bridge, neuron).all():
-            neuron = np.setdiff1d(neuron, bridge[1:-1])
     tops = [] if root is None else [nearest]
     for other in np.unique(part) if forest or root is None else []:
         if other != (None if root is None else main):
@@ -227,6 +224,17 @@ def _neuron(
     new_row[rows] = np.arange(len(rows))
     bridges = [new_row[bridge] for bridge in bridges if (new_row[bridge] >= 0).all()]
     return tree.rerooted(tops).take(rows), bridges, rows
+
+
+def _without_stubs(tree: NeuronTree, rows: np.ndarray, bridges: list[np.ndarray]) -> np.ndarray:
+    """Those of the rows that are not the beginning of a bridge to what is left out, from which no branch goes off."""
+    inside = np.zeros(len(tree), dtype=bool)
+    inside[rows] = True
+    kept_children = np.bincount(tree.parents[rows[tree.parents[rows] >= 0]], minlength=len(tree))
+    for bridge in bridges:
+        if inside[bridge[[0, -1]]].sum() == 1 and (kept_children[bridge[1:-1]] <= 1).all():
+            inside[bridge[1:-1]] = False
+    return rows[inside[rows]]
 
 
 def _nearest(tree: NeuronTree, root: np.ndarray) -> int:

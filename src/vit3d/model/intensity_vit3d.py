@@ -358,10 +358,10 @@ def _grey_level(slabs: list[np.ndarray], sample: np.ndarray, background: float, 
     levels = slabs[len(slabs) // 2].reshape(-1)
     levels = levels[:: 1 + levels.size // 2**20]
     some = np.sort(levels[:: 1 + levels.size // 2**16])
-    wavers = some[len(some) // 4] != some[3 * len(some) // 4]  # and no mask of a few levels:
     levels = np.flatnonzero(np.bincount(levels)) if levels.dtype in (np.uint8, np.uint16) else np.unique(levels)
     step = np.diff(levels.astype(float)).min(initial=np.inf)
-    wavers = wavers and len(levels) > 1 and step < (float(levels[-1]) - float(levels[0])) / 10
+    is_mask = 10 * step > float(levels[-1]) - float(levels[0])
+    wavers = not is_mask and some[len(some) // 4] != some[3 * len(some) // 4]
     few = min(1.0, float(np.ptp(sample)) / _FEWEST_LEVELS)  # in a mask of 0 and 1 a whole level would hide everything
     if spread >= step:
         return few
