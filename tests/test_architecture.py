@@ -18,7 +18,7 @@ COMPOSED = {"reconstruction", "comparison", "learning.validation"}
 TORCH_FREE = [
     *("volume", "tree", "swc", "targets", "annotations.gold", "simulate", "plot"),
     *("tracing", "scoring", "reconstruction", "cli", "model_card", "repository"),
-    *("model.blocks_vit3d", "model.intensity_vit3d"),
+    *("model.blocks_vit3d", "model.foreground_vit3d"),
     *("blockwise.block_store", "blockwise.leases", "formats.chunk_check", "learning.augmentation"),
     *("annotations.pairs", "annotations.annotation"),
 ]

@@ -5,22 +5,16 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import ndimage
 
+from vit3d.model.foreground_vit3d import _BESIDE, BESIDE_FACTOR, _beside, foreground, occupied_patches
+from vit3d.model.ground_vit3d import BLUR_VOX, blur, blur_halo
 from vit3d.model.intensity_vit3d import (
-    _BESIDE,
-    BESIDE_FACTOR,
-    BLUR_VOX,
     FAINT_SHARE,
     LEAST_FACTOR,
     NOISE_FACTOR,
     IntensityStatistics,
-    _beside,
     _median,
-    blur,
-    blur_halo,
-    foreground,
     measure,
     normalize,
-    occupied_patches,
 )
 
 PATCH = (4, 8, 8)
@@ -44,7 +38,7 @@ def test_the_blur_is_a_gaussian_truncated_at_three_sigma():
 def test_the_blur_is_the_same_whatever_tiles_it_is_made_of(monkeypatch):
     voxels = np.random.default_rng(0).random((20, 40, 50)).astype(np.float32)
     whole = blur(voxels)
-    monkeypatch.setattr("vit3d.model.intensity_vit3d._TILE", (4, 16, 32))
+    monkeypatch.setattr("vit3d.model.ground_vit3d._TILE", (4, 16, 32))
     assert_array_equal(blur(voxels), whole)
 
 
@@ -66,7 +60,7 @@ def test_the_median_that_counts_is_the_median(make):
 @pytest.mark.parametrize("polarity", ["bright", "dark"])
 def test_what_is_never_blurred_holds_no_neurite(polarity, monkeypatch):
     """The mask of a stack that is blurred everywhere, with spots at the faces and corners of cells."""
-    monkeypatch.setattr("vit3d.model.intensity_vit3d._TILE", (4, 16, 16))
+    monkeypatch.setattr("vit3d.model.ground_vit3d._TILE", (4, 16, 16))
     voxels = np.full((20, 70, 90), 100.0, dtype=np.float32)
     z, y, x = np.array([(3, 15, 15), (4, 16, 16), (0, 0, 0), (19, 69, 89), (11, 33, 47), (12, 31, 80)]).T
     voxels[z, y, x] += 200.0 if polarity == "bright" else -200.0

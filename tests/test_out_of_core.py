@@ -32,6 +32,8 @@ from vit3d.blockwise.out_of_core import RunOptions, segment_store
 from vit3d.blockwise.provenance import machine_of, model_digest
 from vit3d.blockwise.segmentation_job import damage_report, segment_path
 from vit3d.model.blocks_vit3d import BlockPlan
+from vit3d.model.foreground_vit3d import foreground, foreground_reach
+from vit3d.model.ground_vit3d import cell_means, ground_of_cells
 from vit3d.model.inference_vit3d import (
     FAINT,
     TOKENS_PER_BATCH,
@@ -41,7 +43,7 @@ from vit3d.model.inference_vit3d import (
     window_plan,
     windows_of,
 )
-from vit3d.model.intensity_vit3d import foreground, foreground_reach, local_background, measure
+from vit3d.model.intensity_vit3d import measure
 from vit3d.model.packing_vit3d import PackedWindows
 from vit3d.volume import open_volume
 
@@ -182,7 +184,7 @@ def test_a_tile_that_no_voxel_leaves_by_more_than_rounding_is_scanned():
 
 def test_measuring_a_whole_volume_finds_the_ceiling_that_it_would_take_from_the_voxels():
     voxels = neuron()
-    cells = local_background(voxels, 1.0, np.inf)
+    cells = ground_of_cells(cell_means(voxels), 1.0, np.inf)
     assert measure(voxels).ceiling == pytest.approx(np.percentile(cells, 98), rel=1e-6)
 
 

@@ -7,8 +7,9 @@ from itertools import product
 import numpy as np
 
 from ..model.blocks_vit3d import Block, Box
+from ..model.foreground_vit3d import foreground_reach, occupied_patches
 from ..model.image_processing_vit3d import ViT3DImageProcessor
-from ..model.intensity_vit3d import IntensityStatistics, foreground_reach, occupied_patches
+from ..model.intensity_vit3d import IntensityStatistics
 from .block_store import Index, Layout
 
 KEPT_BYTES = 2**25  # of 2048 tiles of 128 x 512 x 512 voxels in patches of 4 x 8 x 8: three layers of a whole brain

@@ -4,7 +4,8 @@ import numpy as np
 from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .intensity_vit3d import IntensityStatistics, check_polarity, foreground, measure, normalize, occupied_patches
+from .foreground_vit3d import foreground, occupied_patches
+from .intensity_vit3d import IntensityStatistics, check_polarity, measure, normalize
 
 
 class ViT3DImageProcessor(BaseImageProcessor):

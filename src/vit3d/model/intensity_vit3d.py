@@ -1,4 +1,4 @@
-"""What a stack's grey levels mean: background, noise, polarity, and where neurites may be.
+"""What a stack's grey levels mean: background, noise, polarity, and the voxels that were never imaged.
 
 Numpy only. Everything is measured once per volume and then applied to any box of it: statistics taken per
 block would draw seams. Arrays are (depth, height, width).
@@ -7,23 +7,19 @@ block would draw seams. Arrays are (depth, height, width).
 import math
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import product
 
 import numpy as np
 
-BLUR_VOX = (0.7, 1.0, 1.0)  # below the width of a neurite, enough to tell one from single-voxel noise
+from .ground_vit3d import CELL, along, blur, cell_means, ground_of_cells, repeated
+
 NOISE_FACTOR = 6.0  # a patch may hold a neurite where the blurred stack exceeds the ground around it by 6 noises,
 FAINT_SHARE = 0.15  # or, in a noisy stack, by this share of the contrast,
 LEAST_FACTOR = 3.5  # but never by less than this many noises;
-BESIDE_FACTOR = 2.5  # by so many noises where something beside it does: dim branches go on from bright ones
-_BESIDE = (4, 8, 8)  # blocks of voxels in which "beside" is told
 DISPLAY_GAMMA = 1 / 2.2  # photographs are gamma-encoded, microscope stacks are linear in light
 _SAMPLE_VOXELS = 12_000_000  # statistics of a larger volume come from groups of slices that hold about so many
 _MEASURED_VOXELS = 1_000_000  # of them, after the blur
 _MIN_GROUPS = 4
 _PROBES, _PROBE = 128, (12, 96, 96)  # where a few slices alone would be too many voxels: boxes all over the volume
-_TILE = (16, 64, 128)  # blurred at once: in the cache
-CELL = (4, 16, 16)  # voxels over which the ground is averaged; whole cells make a tile
 _FEWEST_LEVELS = 20  # a stack of fewer grey levels has finer noise than one
 _BLURRED_ROUNDING = 0.1  # grey levels: twice what rounding voxel by voxel leaves after the blur
 _FILL_SAMPLE = 1_000_000  # voxels
@@ -42,7 +38,7 @@ class IntensityStatistics:
     the side that `polarity` names: above the background ("bright", fluorescence) or below it ("dark",
     brightfield). `sure` is False when the volume does not show which side holds the neurites, or when brightness
     alone cannot tell them from its noise; everything is then computed. `ceiling` is the level beyond which nothing
-    passes for ground (see `local_background`); None takes it from the voxels at hand. `fill` is the level of voxels
+    passes for ground (see `ground_of_cells`); None takes it from the voxels at hand. `fill` is the level of voxels
     that were never imaged (a band, a corner, a slice of zeros below everything else); they count as background.
     """
 
@@ -72,20 +68,6 @@ class IntensityStatistics:
         return asdict(self)
 
 
-def blur(voxels: np.ndarray, sigma: tuple[float, float, float] = BLUR_VOX) -> np.ndarray:
-    """Separable Gaussian, truncated at three sigma, borders replicated; float32 out."""
-    voxels = np.asarray(voxels)
-    result = np.empty(voxels.shape, dtype=np.float32)
-    for tile in _tiles(voxels.shape):
-        result[tile] = _blurred(voxels, tile, sigma)
-    return result
-
-
-def blur_halo() -> tuple[int, int, int]:
-    """How far a blurred voxel looks, per axis."""
-    return tuple(len(_kernel(width)) - 1 for width in BLUR_VOX)
-
-
 def measure(voxels, polarity: str = "auto") -> IntensityStatistics:
     """Statistics of a whole volume, from evenly spaced groups of slices when it is deep.
 
@@ -106,7 +88,7 @@ def measure(voxels, polarity: str = "auto") -> IntensityStatistics:
         imaged = imaged if imaged.any() else slice(None)
         slabs = [np.where(f, slab.dtype.type(middle), slab) for f, slab in zip(filled, slabs, strict=True)]
     blurred = [blur(slab) for slab in slabs]
-    means = [_cell_means(slab) for slab in slabs]
+    means = [cell_means(slab) for slab in slabs]
     sample = np.concatenate([part.reshape(-1)[::thin] for part in blurred])[imaged]
     background = _median(sample)
     sample -= background
@@ -124,7 +106,7 @@ def measure(voxels, polarity: str = "auto") -> IntensityStatistics:
     signal = sample[sample > NOISE_FACTOR * max(spread, floor)]
     contrast = float(np.percentile(signal, 80)) if signal.size else 0.0
     contrast = max(contrast, _MIN_CONTRAST * max(spread, floor))
-    cells = [_ground(part, sign, np.inf * sign) for part in means]
+    cells = [ground_of_cells(part, sign, np.inf * sign) for part in means]
     ceiling = float(np.percentile(np.concatenate([part.reshape(-1) for part in cells]) * sign, 98)) * sign
     raised = _without(blurred, [sign * np.minimum(part * sign, ceiling * sign) for part in cells], thin)[imaged]
     noise = max(_spread(raised), floor)
@@ -158,94 +140,6 @@ def normalize(voxels, statistics: IntensityStatistics, mean: float = 0.0, std: f
     for plane, filled in zip(voxels.reshape(planes), out.reshape(planes), strict=True):
         levels.take(plane, out=filled, mode="clip")
     return out
-
-
-def foreground(voxels, statistics: IntensityStatistics) -> np.ndarray:
-    """Where a neurite may be: bool, same shape. Everything, when the statistics are unsure.
-
-    The rule: a blurred voxel that exceeds the ground around it (which haze and uneven light may have raised) by
-    `statistics.threshold`, 3.5 to 6 noises, may belong to a neurite. In the same block of 4 x 8 x 8 voxels as such a
-    one, or in one that touches that block, 2.5 noises suffice.
-
-    Only cells in whose reach some voxel stands out before the blur, which never raises the largest, are blurred: the
-    cost follows the neuron, and no float copy of the volume is made.
-    """
-    shape, sign = np.shape(voxels), statistics.sign
-    if not statistics.sure:
-        return np.ones(shape, dtype=bool)
-    if statistics.fill is not None:
-        voxels = np.asarray(voxels)
-        voxels = np.where(voxels == statistics.fill, voxels.dtype.type(statistics.background), voxels)
-    ground = _ground(_cell_means(voxels), sign, statistics.ceiling)
-    extremes = _cell_extremes(voxels, np.minimum if sign < 0 else np.maximum)
-    rise = (extremes - ground) * sign + 1e-6 * np.abs(extremes).max()  # what rounding in the blur may add
-    clear = np.zeros(shape, dtype=bool)
-    for box, raised in _rises(voxels, ground, rise > statistics.threshold, sign):
-        clear[box] = raised > statistics.threshold
-    beside, faint = _beside(clear), BESIDE_FACTOR * statistics.noise
-    cells = occupied_patches(beside, tuple(c // b for c, b in zip(CELL, _BESIDE, strict=True)))
-    for box, raised in _rises(voxels, ground, cells & (rise > faint), sign):
-        blocks = tuple(slice(b.start // size, -(-b.stop // size)) for b, size in zip(box, _BESIDE, strict=True))
-        clear[box] |= _repeated(beside[blocks], _BESIDE, raised.shape) & (raised > faint)
-    return clear
-
-
-def _rises(voxels, ground: np.ndarray, cells: np.ndarray, sign: float):
-    """(box, its blurred voxels' rise above their cells' ground), for boxes around the True `cells`."""
-    for box, inside in _boxes_around(cells, np.shape(voxels)):
-        raised = _blurred(voxels, box)
-        for z, level in zip(range(0, len(raised), CELL[0]), ground[inside], strict=True):
-            raised[z : z + CELL[0]] -= _repeated(level, CELL[1:], raised.shape[1:])
-        yield box, raised if sign > 0 else np.negative(raised, out=raised)
-
-
-def _beside(mask: np.ndarray) -> np.ndarray:
-    """Which blocks of `_BESIDE` voxels hold a True voxel or touch one that does, by a face, edge or corner; as many
-    blocks as whole cells have."""
-    blocks = occupied_patches(mask, _BESIDE)
-    whole = [-(-size // cell) * (cell // block) for size, cell, block in zip(mask.shape, CELL, _BESIDE, strict=True)]
-    blocks = np.pad(blocks, [(0, many - count) for many, count in zip(whole, blocks.shape, strict=True)])
-    for axis, count in enumerate(blocks.shape):
-        padded = np.pad(blocks, [(1, 1) if a == axis else (0, 0) for a in range(3)])
-        blocks = np.logical_or.reduce([_along(padded, axis, shift, shift + count) for shift in range(3)])
-    return blocks
-
-
-def foreground_reach(box: tuple[slice, ...], shape: tuple[int, int, int]) -> tuple[slice, ...]:
-    """The part of a volume of this shape that decides `foreground` inside `box`: whole cells, and three more around.
-
-    One for what lies beside a voxel, and two for the ground there.
-
-    With statistics that hold a `ceiling`, `foreground` of that part is, inside the box, that of the whole volume.
-    """
-    axes = zip(box, CELL, shape, strict=True)
-    return tuple(
-        slice(max(b.start // cell - 3, 0) * cell, min((-(-b.stop // cell) + 3) * cell, size)) for b, cell, size in axes
-    )
-
-
-def local_background(voxels, sign: float, ceiling: float | None = None) -> np.ndarray:
-    """Ground level around each cell of 4 x 16 x 16 voxels, float32, one number per cell.
-
-    The 30th percentile (counted from the ground's side, `sign` 1 for bright neurites) of the mean grey levels of
-    5 x 5 x 5 cells: neurites fill few of them. A soma larger than that is kept from passing for ground by a
-    ceiling, by default the 98th percentile over all cells.
-    """
-    return _ground(_cell_means(voxels), sign, ceiling)
-
-
-def occupied_patches(mask: np.ndarray, patch_size: tuple[int, int, int]) -> np.ndarray:
-    """(depth, height, width) -> (grid_depth, grid_height, grid_width): which patches hold any True voxel.
-
-    The last patch along an axis may be cut short.
-    """
-    for axis, patch in enumerate(patch_size):  # first axes first: many voxels at a time
-        lacking = -mask.shape[axis] % patch
-        if lacking:
-            mask = np.pad(mask, [(0, lacking if a == axis else 0) for a in range(3)])
-        cut = (*mask.shape[:axis], -1, patch, *mask.shape[axis + 1 :])
-        mask = np.logical_or.reduce(mask.reshape(cut), axis=axis + 1)
-    return mask
 
 
 def _spread(values: np.ndarray) -> float:
@@ -286,45 +180,7 @@ def _polarity(deviation: np.ndarray, noise: float) -> tuple[str, bool]:
 
 def _level(means: np.ndarray) -> np.ndarray:
     """The ground of a stack whose polarity nobody knows yet: midway between the grounds of both."""
-    return sum(_ground(means, sign, np.inf * sign) for sign in (1.0, -1.0)) / np.float32(2)
-
-
-def _cell_means(voxels) -> np.ndarray:
-    """Mean grey level of each cell, float32, borders repeated. First axes first: many voxels at a time."""
-    layers = []
-    for z in range(0, np.shape(voxels)[0], CELL[0]):
-        slab = np.asarray(voxels[z : z + CELL[0]])
-        pads = [(0, -size % cell) for size, cell in zip(slab.shape, CELL, strict=True)]
-        slab = np.pad(slab, pads, mode="edge") if any(map(any, pads)) else slab
-        few = np.uint16 if slab.dtype == np.uint8 else np.float32  # holds the sum of a column of a cell
-        total = np.add.reduce(slab, axis=0, dtype=few).reshape(-1, CELL[1], slab.shape[2])
-        total = np.add.reduce(total, axis=1, dtype=np.float32).reshape(len(total), -1, CELL[2])
-        layers.append(np.add.reduce(total, axis=2) / np.float32(np.prod(CELL)))
-    return np.stack(layers)
-
-
-def _cell_extremes(voxels, larger: np.ufunc) -> np.ndarray:
-    """The largest (`larger` np.minimum: smallest) voxel that any blurred voxel of a cell sees, float32."""
-    (deep, *halo), layers = blur_halo(), []
-    for z in range(0, np.shape(voxels)[0], CELL[0]):
-        plane = larger.reduce(voxels[max(z - deep, 0) : z + CELL[0] + deep], axis=0)
-        for axis, (cell, around) in enumerate(zip(CELL[1:], halo, strict=True)):
-            pads = [(around, around + -plane.shape[a] % cell) if a == axis else (0, 0) for a in range(2)]
-            wide = np.pad(plane, pads, mode="edge")
-            windows = np.lib.stride_tricks.sliding_window_view(wide, cell + 2 * around, axis)
-            plane = larger.reduce(_along(windows, axis, 0, None, cell), axis=2)
-        layers.append(plane.astype(np.float32))
-    return np.stack(layers)
-
-
-def _ground(means: np.ndarray, sign: float, ceiling: float | None) -> np.ndarray:
-    """`local_background` from the cells' mean grey levels."""
-    padded = np.pad(means * np.float32(sign), 2, mode="edge")
-    around = np.lib.stride_tricks.sliding_window_view(padded, (5, 5, 5))
-    rank = int(0.3 * 125)
-    ground = np.stack([np.partition(plane.reshape(*plane.shape[:2], 125), rank)[..., rank] for plane in around])
-    highest = np.percentile(ground, 98) if ceiling is None else np.float32(ceiling * sign)
-    return np.minimum(ground, highest) * np.float32(sign)
+    return sum(ground_of_cells(means, sign, np.inf * sign) for sign in (1.0, -1.0)) / np.float32(2)
 
 
 def _without(blurred: list[np.ndarray], grounds: list[np.ndarray], thin: int) -> np.ndarray:
@@ -332,16 +188,9 @@ def _without(blurred: list[np.ndarray], grounds: list[np.ndarray], thin: int) ->
     parts = []
     for part, ground in zip(blurred, grounds, strict=True):
         for z, level in zip(range(0, len(part), CELL[0]), ground, strict=True):
-            raised = (part[z : z + CELL[0]] - _repeated(level, CELL[1:], part.shape[1:])).reshape(-1)
+            raised = (part[z : z + CELL[0]] - repeated(level, CELL[1:], part.shape[1:])).reshape(-1)
             parts.append(raised[-z * part[0].size % thin :: thin].copy())
     return np.concatenate(parts)
-
-
-def _repeated(array: np.ndarray, counts: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
-    """Each number so many times along each axis, cut to a shape: one per voxel instead of one per cell."""
-    for axis, (count, size) in enumerate(zip(counts, shape, strict=True)):
-        array = _along(np.repeat(array, count, axis=axis), axis, 0, size)
-    return array
 
 
 def _grey_level(slabs: list[np.ndarray], sample: np.ndarray, background: float, spread: float) -> float:
@@ -410,72 +259,9 @@ def _filled(slab: np.ndarray, fill: float) -> np.ndarray:
     filled = slab == fill
     for axis in range(3):
         wide = np.pad(filled, [(2, 2) if a == axis else (0, 0) for a in range(3)])
-        shifted = (_along(wide, axis, shift, shift + slab.shape[axis]) for shift in range(5))
+        shifted = (along(wide, axis, shift, shift + slab.shape[axis]) for shift in range(5))
         filled = np.logical_or.reduce(list(shifted))
     return filled
-
-
-def _tiles(shape: tuple[int, int, int]):
-    """Boxes that cover a volume, small enough for the cache."""
-    for start in product(*(range(0, size, step) for size, step in zip(shape, _TILE, strict=True))):
-        yield tuple(slice(s, min(s + t, size)) for s, t, size in zip(start, _TILE, shape, strict=True))
-
-
-def _boxes_around(cells: np.ndarray, shape: tuple[int, int, int]):
-    """(box of voxels, box of cells) around the True cells of each tile of a volume."""
-    for tile in _tiles(shape):
-        corner = [t.start // cell for t, cell in zip(tile, CELL, strict=True)]
-        inside = cells[tuple(slice(c, -(-t.stop // cell)) for c, t, cell in zip(corner, tile, CELL, strict=True))]
-        if inside.any():
-            low, high = (edge(np.nonzero(inside), axis=1) + corner for edge in (np.min, np.max))
-            ends = zip(low.tolist(), (high + 1).tolist(), CELL, shape, strict=True)
-            yield (
-                tuple(slice(a * cell, min(b * cell, size)) for a, b, cell, size in ends),
-                tuple(map(slice, low.tolist(), (high + 1).tolist())),
-            )
-
-
-def _blurred(voxels, box: tuple[slice, ...], sigma: tuple[float, float, float] = BLUR_VOX) -> np.ndarray:
-    """`blur` of the voxels inside a box.
-
-    Along every axis flat runs of voxels are added, the border's among them, which is faster than to leave that out.
-    """
-    kernels = [_kernel(width) for width in sigma]
-    wide = _with_border(voxels, box, [len(kernel) - 1 for kernel in kernels])
-    result = wide.reshape(-1)
-    pair = np.empty_like(result)
-    for kernel, step in zip(kernels, (wide[0].size, wide.shape[2], 1), strict=True):
-        flat, middle = result, (len(kernel) - 1) * step
-        length = flat.size - 2 * middle
-        result, pair = flat[middle : middle + length] * kernel[0], pair[:length]
-        for distance in range(1, len(kernel)):
-            low, high = middle - distance * step, middle + distance * step
-            np.add(flat[low : low + length], flat[high : high + length], out=pair)
-            pair *= kernel[distance]
-            result += pair
-    return np.lib.stride_tricks.as_strided(result, [b.stop - b.start for b in box], wide.strides)
-
-
-@lru_cache(maxsize=8)
-def _kernel(sigma: float) -> np.ndarray:
-    """The weights of a Gaussian from its middle on, cut at three sigma; with the mirrored half they add up to 1."""
-    half = np.exp(-0.5 * (np.arange(int(np.ceil(3 * sigma)) + 1) / sigma) ** 2)
-    return (half / (2 * half.sum() - half[0])).astype(np.float32)
-
-
-def _with_border(voxels, box: tuple[slice, ...], halo: list[int]) -> np.ndarray:
-    """Float32 copy of a box and what is around it; beyond the volume its border is repeated."""
-    axes = list(zip(box, halo, np.shape(voxels), strict=True))
-    read = tuple(slice(max(b.start - h, 0), min(b.stop + h, size)) for b, h, size in axes)
-    inside = [slice(r.start - b.start + h, r.stop - b.start + h) for r, (b, h, _) in zip(read, axes, strict=True)]
-    part = np.empty([b.stop - b.start + 2 * h for b, h, _ in axes], dtype=np.float32)
-    part[tuple(inside)] = voxels[read]
-    for axis, (there, size) in enumerate(zip(inside, part.shape, strict=True)):
-        if there.start:
-            _along(part, axis, 0, there.start)[...] = _along(part, axis, there.start, there.start + 1)
-        if there.stop < size:
-            _along(part, axis, there.stop, size)[...] = _along(part, axis, there.stop - 1, there.stop)
-    return part
 
 
 def _sample(voxels) -> list[np.ndarray]:
@@ -500,10 +286,6 @@ def _probes(shape: tuple[int, int, int]):
         places = ((0.5 + count / golden ** (axis + 1)) % 1 for axis in range(3))
         starts = [int(p * (max(n - edge, 0) + 1)) for p, n, edge in zip(places, shape, _PROBE, strict=True)]
         yield tuple(slice(start, start + edge) for start, edge in zip(starts, _PROBE, strict=True))
-
-
-def _along(array: np.ndarray, axis: int, start: int, stop: int | None, step: int = 1) -> np.ndarray:
-    return array[tuple(slice(start, stop, step) if a == axis else slice(None) for a in range(array.ndim))]
 
 
 def _is_integer(voxels) -> bool:
