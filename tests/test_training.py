@@ -550,6 +550,16 @@ def names(rows: list[dict]) -> set[str]:
     return {row["name"] for row in rows}
 
 
+def test_a_neuron_beside_one_that_validates_is_not_trained_on(config, many):
+    for number in (1, 2):
+        (many / f"n5.tif.neuron{number}.ano_stamp_2015_06_16_17_57.swc").touch()
+    (many / "n5.swc").unlink()
+    with pytest.warns(UserWarning, match=r"Not trained on, for a neuron of the same stack validates: n5\.neuron2\."):
+        rows, chosen = chosen_neurons(replace(config, data=str(many), validate=("n5.neuron1",)))
+    assert chosen.validate == ("n5.neuron1",)
+    assert names(rows) == {f"n{number}" for number in range(20) if number != 5} | {"n5.neuron1"}
+
+
 def test_a_split_can_validate_and_only_the_split_train_is_then_trained_on(config, many, tmp_path):
     all_of_them = {f"n{number}" for number in range(20)}
     rows, chosen = chosen_neurons(replace(config, data=str(many), validate=("n3",)))

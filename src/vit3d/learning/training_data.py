@@ -52,6 +52,12 @@ def chosen_neurons(config: TrainingConfig) -> tuple[list[dict], TrainingConfig]:
         raise ValueError(f"--validate {split}: no neuron with an SWC is in that split; name neurons, or --split-file.")
     if named or config.split_file:
         rows = [row for row in rows if row["name"] in asked or splits[row["name"]] == "train"]
+    seen = {row["image"] for row in rows if row["name"] in asked}
+    beside = sorted(row["name"] for row in rows if row["image"] in seen and row["name"] not in asked)
+    if beside:
+        told = f"Not trained on, for a neuron of the same stack validates: {', '.join(beside)}."
+        warnings.warn(told, stacklevel=2)
+        rows = [row for row in rows if row["name"] not in beside]
     if config.data and all(row["name"] in asked for row in rows):
         if not config.simulated:
             raise ValueError(f"No neuron of {config.data} is left to train on: all validate, or are in another split.")
