@@ -160,6 +160,17 @@ def test_folders_are_scored_by_name_with_a_mean_and_a_picture_each(vit3d, tmp_pa
     assert [row.split()[0] for row in vit3d(*command)[1].splitlines()] == ["name", "a", "b", "mean"]
 
 
+def test_an_ome_tiff_has_the_name_of_its_tree(vit3d, tmp_path):
+    for folder in ("found", "gold"):
+        (tmp_path / folder).mkdir()
+        line(tmp_path / folder / "a.swc")
+    voxels = np.zeros((6, 12, 40), np.uint8)
+    voxels[4, 10, 4:64] = 200
+    write_volume(Volume(voxels, SPACING), tmp_path / "gold" / "a.ome.tif")
+    command = ("score", tmp_path / "found", tmp_path / "gold", "--json", "--image", tmp_path / "gold")
+    assert [row["name"].split()[0] for row in json.loads(vit3d(*command)[1])] == ["a", "a", "mean", "mean"]
+
+
 def test_folders_that_share_no_name_are_refused(vit3d, tmp_path):
     for folder in ("found", "gold"):
         (tmp_path / folder).mkdir()

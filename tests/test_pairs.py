@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from vit3d.annotations.pairs import find_pairs, read_split_file, split_of, survey
+from vit3d.annotations.pairs import find_pairs, read_split_file, split_of, splits_of, survey
 
 FLY = "GMR_57C10_AD_01-1xLwt_attp40_4stop1-f-A01-20110325_3_A1-right_optic_lobe.v3draw.extract_5"
 FLIES = "p_checked7_janelia_flylight_part1"
@@ -85,6 +85,15 @@ def test_asking_for_several_at_once_is_refused(gold166):
 def test_two_neurons_of_one_stack_are_two_rows_in_one_split(tmp_path):
     touch(tmp_path, "a.v3dpbd", *(f"a.v3dpbd.neuron{n}.ano_stamp_2015_06_16_17_57.swc" for n in (1, 2)))
     assert {name: row["neuron"] for name, row in by_name(tmp_path).items()} == {"a.neuron1": "a", "a.neuron2": "a"}
+    rows, file = find_pairs(tmp_path), tmp_path / "split.json"
+    assert len(set(splits_of(rows).values())) == 1
+    file.write_text('{"train": ["a.neuron1"], "test": ["a.neuron2"]}')
+    with pytest.raises(
+        ValueError, match=r"a\.neuron1 and a\.neuron2 lie in one stack, .*in two splits \(train and test\)"
+    ):
+        splits_of(rows, file)
+    file.write_text('{"held out": ["a"]}')
+    assert set(splits_of(rows, file).values()) == {"held out"}
 
 
 def test_a_stack_in_two_formats_is_one_neuron(tmp_path):

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from .tree import UNITS, NeuronTree, read_swc
-from .volume import SUFFIXES, Volume, is_stack, loaded, open_volume, read_volume
+from .volume import SUFFIXES, Volume, is_stack, loaded, open_volume, read_volume, stack_name
 
 SWC_SUFFIXES = (".swc", ".eswc")
 Box = tuple[slice, slice, slice]
@@ -91,11 +91,11 @@ def pairs(predicted: Path, gold: Path) -> list[tuple[str, Path, Path]]:
     What has no partner is named in a warning, so that nobody takes the mean of some for the mean of all.
     """
     if not is_folder(predicted):
-        return [(predicted.stem, predicted, gold)]
+        return [(_name(predicted), predicted, gold)]
     if not is_folder(gold):
         raise ValueError(f"{predicted} is a folder, {gold} is none; folders are scored against folders.")
     for suffixes in (SWC_SUFFIXES, SUFFIXES):
-        first, second = (by_stem(folder, suffixes) for folder in (predicted, gold))
+        first, second = (by_name(folder, suffixes) for folder in (predicted, gold))
         if common := sorted(first.keys() & second.keys()):
             if alone := sorted(first.keys() ^ second.keys()):
                 warnings.warn(f"Not scored, for want of a partner: {', '.join(alone)}.", stacklevel=2)
@@ -103,17 +103,21 @@ def pairs(predicted: Path, gold: Path) -> list[tuple[str, Path, Path]]:
     raise FileNotFoundError(f"No SWC or mask in {predicted} has the name of one in {gold}.")
 
 
-def by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+def by_name(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     """The folder's files of these types by their name without suffix; hidden ones are passed over."""
     files = (path for path in sorted(folder.iterdir()) if path.suffix.lower() in suffixes)
-    return {path.stem: path for path in files if not path.name.startswith(".")}
+    return {_name(path): path for path in files if not path.name.startswith(".")}
+
+
+def _name(path: Path) -> str:
+    return path.stem if is_swc(path) else stack_name(path)
 
 
 def stack_named(place: Path | None, name: str) -> Path | None:
     """The stack itself, or the one of this name in a folder."""
     if place is None or not is_folder(place):
         return place
-    stacks = by_stem(place, SUFFIXES)
+    stacks = by_name(place, SUFFIXES)
     if name not in stacks:
         raise FileNotFoundError(f"{place} holds no stack named {name}.")
     return stacks[name]
@@ -292,8 +296,11 @@ def write_box_of(text: str | None) -> tuple[int, int, int] | None:
 
 
 def launched(environment) -> dict[str, int]:
-    """Which of how many processes this is, as torchrun, Accelerate or SLURM say it; alone where nobody does."""
-    names = (("rank", "RANK", "SLURM_PROCID"), ("ranks", "WORLD_SIZE", "SLURM_NTASKS"))
+    """Which of how many processes this is, as torchrun, Accelerate or srun say it; alone where nobody does.
+
+    Of SLURM's numbers those of the step: a batch script without srun is one process, however many tasks it has.
+    """
+    names = (("rank", "RANK", "SLURM_PROCID"), ("ranks", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
     names += (("local_rank", "LOCAL_RANK", "SLURM_LOCALID"),)
     alone = {"rank": 0, "ranks": 1, "local_rank": 0}
     return {key: int(environment.get(own, environment.get(slurm, alone[key]))) for key, own, slurm in names}

@@ -158,6 +158,15 @@ def write_volume(volume: Volume, path: str | Path) -> None:
     write_tiff(voxels, path, volume.spacing_um)
 
 
+def stack_name(path: str | Path) -> str:
+    """A stack's name without the suffixes of its formats: `a.ome.tif`, `a.tif.v3dpbd` -> `a`; `a.extract_5` stays."""
+    name = Path(path).name
+    while name.lower().endswith(SUFFIXES) and Path(name).stem:
+        name = Path(name).stem
+        name = name[:-4] if name.lower().endswith(".ome") else name
+    return name
+
+
 def is_stack(path: str | Path) -> bool:
     """Whether a file, a folder or a URL is one stack, by its name and what lies in it; a folder of stacks is none."""
     where = _location(path)

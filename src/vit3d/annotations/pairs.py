@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ..volume import SUFFIXES
+from ..volume import SUFFIXES, stack_name
 
 TEST_SHARE = 0.2
 SCALING_TABLE = "scaling_gold.csv"  # BigNeuron's own table of voxel sizes
@@ -133,11 +133,23 @@ def split_name(text: str) -> str:
 
 
 def splits_of(rows: list[dict], split_file: str | Path | None = None) -> dict[str, str]:
-    """A row's name -> its split: the file's, by name or by neuron, else `split_of`."""
+    """A row's name -> its split: the file's, by name or by neuron, else `split_of`.
+
+    ValueError: as `read_split_file`; two neurons of one stack are in two splits, and one would be seen in the other.
+    """
     chosen = read_split_file(split_file, rows) if split_file else {}
-    return {
+    splits = {
         row["name"]: chosen.get(row["name"]) or chosen.get(row["neuron"]) or split_of(row["neuron"]) for row in rows
     }
+    first = {row["image"]: row["name"] for row in reversed(rows)}
+    for row in rows:
+        other = first[row["image"]]
+        if splits[other] != splits[row["name"]]:
+            raise ValueError(
+                f"{other} and {row['name']} lie in one stack, and by {split_file} they are in two splits "
+                f"({splits[other]} and {splits[row['name']]}); name both, in one."
+            )
+    return splits
 
 
 def read_split_file(path: str | Path, rows: list[dict]) -> dict[str, str]:
@@ -208,7 +220,7 @@ def _survey_folder(folder: Path, stacks: list[Path], swcs: list[Path], gold: str
     images: dict[str, list[Path]] = {}
     for path in stacks:
         if path not in labels.values():
-            images.setdefault(_bare(path.name), []).append(path)
+            images.setdefault(stack_name(path), []).append(path)
     golds = _golds(swcs, set(images)) if gold is None else _asked_for(folder, swcs, set(images), gold)
     rows, alone = [], []
     for bare, paths in images.items():
@@ -244,17 +256,9 @@ def _named(rows: list[dict]) -> list[dict]:
     return sorted(rows, key=lambda row: row["name"])
 
 
-def _bare(name: str) -> str:
-    """A stack's name without the suffixes of its formats: `a.tif.v3dpbd` -> `a`; `a.v3draw.extract_5` stays."""
-    while name.lower().endswith(SUFFIXES) and Path(name).stem:
-        name = Path(name).stem
-        name = name[:-4] if name.lower().endswith(".ome") else name
-    return name
-
-
 def _labels(stacks: list[Path]) -> dict[Path, Path]:
     """Stack -> its label volume: `NAME_label.tif` or `NAME_mask.tif`, and TRAILMAP's `volume`, `label`."""
-    by_name = {_bare(path.name): path for path in stacks}
+    by_name = {stack_name(path): path for path in stacks}
     found = {}
     for name, path in by_name.items():
         wanted = [name + ending for ending in _ANNOTATIONS] + [name.replace("volume", "label")]
@@ -266,7 +270,7 @@ def _labels(stacks: list[Path]) -> dict[Path, Path]:
 
 def is_mask(label: str | Path) -> bool:
     """Whether a label volume is a whole mask, `NAME_mask.tif`, and no volume of codes."""
-    return _bare(Path(label).name).endswith("_mask")
+    return stack_name(label).endswith("_mask")
 
 
 # --- golds ---
@@ -276,8 +280,8 @@ def _parsed(name: str) -> tuple[str, str, str]:
     """An SWC's file name -> (image's bare name, "neuron2" or "", stamp as digits or "")."""
     match = _STAMPED.fullmatch(name)
     if match:
-        return _bare(match["image"]), match["part"] or "", match["stamp"].replace("_", "")
-    return _bare(_PLAIN.fullmatch(name)["image"]), "", ""
+        return stack_name(match["image"]), match["part"] or "", match["stamp"].replace("_", "")
+    return stack_name(_PLAIN.fullmatch(name)["image"]), "", ""
 
 
 def _newest(swc: Path) -> tuple[str, int, str]:
