@@ -227,7 +227,8 @@ def _spread(values: list[float]) -> str:
 
 def fill_tables(card: Path, rows: list[dict]) -> None:
     fill_card(card, "accuracy", markdown_table(means(rows)))
-    fill_card(card, "paired", markdown_table(paired(rows)))
+    if beside := paired(rows):
+        fill_card(card, "paired", markdown_table(beside))
 
 
 def main() -> None:

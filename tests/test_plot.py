@@ -169,6 +169,18 @@ def test_dark_neurites_are_projected_by_their_minimum():
         draw_reconstruction(volume, tree, polarity="auto")
 
 
+def test_a_difference_is_drawn_over_dark_neurites_too():
+    volume, tree = l_shape()
+    shown = [
+        axes_of(draw_difference(tree, tree, volume=Volume(voxels), polarity=polarity), "difference xy").images[0]
+        for voxels, polarity in ((volume.voxels, "bright"), (255 - volume.voxels, "dark"))
+    ]
+    bright, dark = (image.to_rgba(image.get_array())[..., 0] for image in shown)
+    assert (bright.max(), dark.max()) == (1, 1)
+    assert bright.min() == pytest.approx(0.6, abs=0.01)
+    np.testing.assert_allclose(dark, bright, atol=0.01)
+
+
 def test_one_hot_voxel_does_not_darken_the_picture():
     volume, tree = l_shape(dtype=np.uint16, shape=(11, 100, 200))
     volume.voxels[:, 50:] += np.arange(200, dtype=np.uint16)

@@ -53,14 +53,16 @@ def plot_pair(
     """Where the two differ, in um where any of the three knows the voxel size; with the stack, the gold aligned."""
     from .plot import plot_difference
 
+    polarity = "bright"
     if volume is None:
         spacing_um = gold.spacing_um or predicted.spacing_um
     else:
         predicted, gold, spacing_um = _in_voxels_of(volume, predicted, gold)
-        gold, _ = align_gold(gold, volume, polarity=measure(volume.voxels).polarity)
+        polarity = measure(volume.voxels).polarity
+        gold, _ = align_gold(gold, volume, polarity=polarity)
         volume = Volume(volume.voxels, spacing_um)
     trees = (_stated(tree).to("um" if spacing_um else "voxel", spacing_um) for tree in (predicted, gold))
-    plot_difference(*trees, path, volume=volume, threshold=threshold)
+    plot_difference(*trees, path, volume=volume, threshold=threshold, polarity=polarity)
 
 
 def _in_voxels_of(volume: Volume, predicted: NeuronTree, gold: NeuronTree):

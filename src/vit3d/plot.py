@@ -161,17 +161,24 @@ def plot_difference(
     *,
     volume: Volume | None = None,
     threshold: float = 2.0,
+    polarity: str = "bright",
 ) -> None:
     """Write one PNG: what `predicted` misses (red), has in surplus (blue), and where both agree (grey).
 
     Two pieces of cable agree when the other tree passes closer than `threshold` voxels (um where no spacing
-    is known and the trees are in um). Both trees must have the same unit, else ValueError.
+    is known and the trees are in um). Both trees must have the same unit, else ValueError. `polarity`, bright or dark,
+    says what of the volume is shown.
     """
-    _save(draw_difference(predicted, gold, volume=volume, threshold=threshold), path)
+    _save(draw_difference(predicted, gold, volume=volume, threshold=threshold, polarity=polarity), path)
 
 
 def draw_difference(
-    predicted: NeuronTree, gold: NeuronTree, *, volume: Volume | None = None, threshold: float = 2.0
+    predicted: NeuronTree,
+    gold: NeuronTree,
+    *,
+    volume: Volume | None = None,
+    threshold: float = 2.0,
+    polarity: str = "bright",
 ) -> Figure:
     """The figure that `plot_difference` writes."""
     if predicted.unit != gold.unit or gold.unit is None:
@@ -187,7 +194,8 @@ def draw_difference(
     predicted_pieces, surplus = _pieces(predicted, gold, step, threshold)
     figure, (axes,) = _panels(box, ["difference"], margin=0.1)
     if volume is not None:
-        _show_projections(axes, volume, box, "bright", colors="gray_r", headroom=2.5)
+        on_white = "gray" if polarity == "dark" else "gray_r"
+        _show_projections(axes, volume, box, polarity, colors=on_white, headroom=2.5)
     kinds = {
         "agreed": (gold_pieces[~missing], "0.35"),
         "missing": (gold_pieces[missing], "red"),
@@ -259,13 +267,14 @@ def _show_projections(
     limits: tuple[float, float] | None = None,
 ) -> None:
     """Maximum projections (minimum for dark neurites) between `limits`, or else by their own contrast;
-    `headroom` above 1 makes them fainter."""
+    `headroom` above 1 makes neurites fainter."""
     for ax, view in zip(axes, _VIEWS, strict=True):
         image = projection(volume.voxels, view.along, polarity == "dark").astype(np.float32)
         image = image.T if view.down > view.right else image
         low, high = limits or _contrast(image, polarity)
         extent = (box.low[view.right], box.high[view.right], box.high[view.down], box.low[view.down])
-        high = low + headroom * (high - low)
+        span = headroom * (high - low)
+        low, high = (high - span, high) if polarity == "dark" else (low, low + span)
         ax.imshow(image, colors, vmin=low, vmax=high, extent=extent, aspect="auto")
 
 
