@@ -21,6 +21,7 @@ from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation, ViT3DImageProcessor, 
 from vit3d.blockwise.leases import Leases
 from vit3d.centerlines.prominence import light_of_its_own, most_prominent_part
 from vit3d.cli import main
+from vit3d.formats.lazy_voxels import ChangedVoxels, LazyVoxels
 from vit3d.model.modeling_vit3d import HALO
 from vit3d.reconstruction import (
     find_stacks,
@@ -607,10 +608,20 @@ def test_a_folder_without_stacks_is_refused(vit3d, tmp_path):
 def test_inverting_keeps_every_difference_and_makes_the_brightest_0(dtype):
     low = 0 if np.dtype(dtype).kind == "u" else -100
     voxels = np.random.default_rng(0).integers(low, 100, (3, 4, 5)).astype(dtype)
-    dark = inverted(Volume(voxels, SPACING))
-    assert dark.voxels.min() == 0
-    assert dark.spacing_um == SPACING
-    np.testing.assert_array_equal(dark.voxels.astype(float), float(voxels.max()) - voxels)
+    on_disk = ChangedVoxels(voxels, lambda part, _: part)
+    for given in (voxels, on_disk):
+        dark = inverted(Volume(given, SPACING))
+        assert isinstance(dark.voxels, LazyVoxels) == (given is on_disk)
+        turned = np.asarray(dark.voxels)
+        assert turned.min() == 0
+        assert turned.dtype.itemsize == voxels.dtype.itemsize
+        assert dark.spacing_um == SPACING
+        np.testing.assert_array_equal(turned.astype(float), float(voxels.max()) - voxels)
+
+
+def test_inverting_the_whole_range_of_a_signed_type_wraps_nowhere():
+    voxels = np.array([-32768, 0, 32767], np.int16).reshape(1, 1, 3)
+    assert inverted(Volume(voxels)).voxels.ravel().tolist() == [65535, 32767, 0]
 
 
 def test_what_was_never_imaged_is_no_neurite_when_a_stack_is_inverted():

@@ -8,9 +8,10 @@ import pytest
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-from vit3d.centerlines import foreground as foreground_module
-from vit3d.centerlines.foreground import find_foreground, find_level, smoothed
+from vit3d.centerlines import level as level_module
+from vit3d.centerlines.foreground import find_foreground
 from vit3d.centerlines.junctions import _depth_at
+from vit3d.centerlines.level import find_level, intensity_threshold, smoothed
 from vit3d.centerlines.prominence import light_of_its_own, most_prominent_part
 from vit3d.formats.lazy_voxels import LazyVoxels
 from vit3d.model.intensity_vit3d import IntensityStatistics
@@ -220,6 +221,15 @@ def test_a_gap_is_left_open_when_it_is_longer_than_allowed_and_forest_keeps_both
     np.testing.assert_array_equal(both.points[: len(tree)], tree.points)
 
 
+def test_above_0_all_that_is_neuron_is_sure_of_it_and_gaps_are_joined():
+    mask = paint(helix(), (24, 48, 72)).astype(np.uint8) * 255
+    mask[:, :, 34:38] = 0
+    tree = trace(Volume(mask), threshold=0)
+    assert tree.num_roots == 1
+    assert (tree.confidence[tree.confidence > 0] == 1).all()
+    assert farthest(tree, trace(Volume(mask))) < 3
+
+
 def test_a_tree_left_out_that_is_not_much_shorter_than_the_one_kept_is_told():
     long = polyline(np.linspace((8, 16, 6), (8, 16, 90), 85), 2.0)
     for reach, told in ((70, True), (30, False)):
@@ -314,8 +324,8 @@ def test_clumped_salt_in_a_larger_box_leaves_no_tree_of_its_own_and_a_small_frag
 
 
 def test_an_intensity_on_disk_is_traced_slab_by_slab_as_in_memory(monkeypatch):
-    monkeypatch.setattr(foreground_module, "_PIECE", (8, 64, 80))
-    monkeypatch.setattr(foreground_module, "_SAMPLE_VOXELS", 1 << 14)
+    monkeypatch.setattr(level_module, "_PIECE", (8, 64, 80))
+    monkeypatch.setattr(level_module, "_SAMPLE_VOXELS", 1 << 14)
     rng = np.random.default_rng(0)
     mask = np.pad(paint(y_tree(), (32, 64, 80)), ((8, 40), (0, 0), (0, 0)))
     voxels = rng.poisson(3.0 + 60 * mask).astype(np.uint8)
@@ -366,7 +376,7 @@ def _cell(bumps: int = 0) -> tuple[np.ndarray, np.ndarray, float]:
 def test_what_neuron_encloses_on_all_sides_is_neuron(seed):
     rng = np.random.default_rng(seed)
     mask = ndimage.gaussian_filter(rng.random(rng.integers(4, 24, 3)), 0.7) > 0.46
-    found = find_foreground(Volume(mask), find_level(mask))
+    found = find_foreground(*find_level(Volume(mask)))
     filled = np.zeros(mask.shape, bool)
     filled[tuple(found.points.astype(int).T)] = True
     assert (filled == ndimage.binary_fill_holes(mask)).all()
@@ -377,7 +387,7 @@ def test_what_neuron_encloses_counts_as_sure_as_what_is_around_it():
     voxels = np.zeros((9, 9, 9), np.float32)
     voxels[1:8, 1:8, 1:8] = 0.8
     voxels[3:6, 3:6, 3:6] = 0.1
-    found = find_foreground(Volume(voxels), find_level(voxels))
+    found = find_foreground(*find_level(Volume(voxels)))
     assert len(found) == 7**3
     np.testing.assert_allclose(found.probability, 0.8)
 
@@ -635,7 +645,7 @@ def test_depth_is_the_exact_distance_to_background():
     mask = paint(y_tree(), (32, 64, 80))
     mask[10:26, 20:44, 20:44] = True
     volume = Volume(mask, spacing_um)
-    foreground = find_foreground(volume, find_level(mask))
+    foreground = find_foreground(*find_level(volume))
     object.__setattr__(foreground, "round_step", foreground.step)
     exact = distance_transform_edt(mask, spacing_um)
     rows = np.rint(foreground.points / spacing_um).astype(int)
@@ -644,7 +654,7 @@ def test_depth_is_the_exact_distance_to_background():
 
 def test_depth_between_voxels_is_interpolated_and_0_out_of_the_foreground():
     mask = ndimage.gaussian_filter(np.random.default_rng(0).random((12, 16, 20)), 1.5) > 0.5
-    found = find_foreground(Volume(mask.astype(np.uint8)), find_level(mask))
+    found = find_foreground(*find_level(Volume(mask.astype(np.uint8))))
     dense = np.zeros(found.shape, np.float32)
     dense[tuple(found.index.T)] = found.depth
     last = np.array(dense.shape) - 1
@@ -664,7 +674,7 @@ def test_auto_threshold_separates_neurite_from_noise_also_on_a_cleaned_backgroun
     noisy = np.clip(rng.normal(20, 3, mask.shape) + 120 * mask, 0, 255).astype(np.uint8)
     cleaned = np.where(mask, rng.integers(30, 200, mask.shape), 0).astype(np.uint8)
     for voxels in (noisy, cleaned):
-        found = voxels > find_level(voxels).threshold
+        found = voxels > intensity_threshold(voxels)
         assert (found & mask).sum() > 0.93 * mask.sum()
         assert (found & ~mask).sum() < 0.02 * mask.sum()
 

@@ -262,7 +262,8 @@ def segment(
         outcome = segment_path(stack, out, model=model, polarity=polarity, device=device, options=options, **reading)
         typer.echo(outcome.said())
         return
-    for_stores = {"--level": level, "--box": box, "--threads": threads, "--missing-as-fill": missing_as_fill or None}
+    for_stores = {"--level": level, "--box": box, "--threads": threads, "--force": force or None}
+    for_stores["--missing-as-fill"] = missing_as_fill or None
     if ignored := [flag for flag, value in for_stores.items() if value is not None]:
         raise ValueError(f"{', '.join(ignored)} is for OUT.zarr, got {out}.")
     out = new_file(out, ".tif", ".tiff", source=stack)
@@ -330,6 +331,7 @@ def trace(
     Voxels that all lie from 0 to 1 are a probability (unless --threshold intensity), two values a mask, anything else
     grey levels.
     """
+    from .centerlines.level import find_level
     from .reconstruction import (
         check_mask,
         fits_in_memory,
@@ -342,7 +344,7 @@ def trace(
         within,
         write_review,
     )
-    from .tracing import trace_with_review, with_level
+    from .tracing import trace_with_review
     from .tree import write_swc
     from .volume import Volume
 
@@ -357,7 +359,7 @@ def trace(
     if allowed is not None:
         check_mask(allowed, volume)  # before the long part
     volume = inverted(volume) if polarity == "dark" else volume
-    part, found = with_level(within(volume, box), cut)
+    part, found = find_level(within(volume, box), cut)
     if allowed is not None:
         part = masked(part, within(Volume(allowed), box).voxels, found.dark)
     tree, reviews = trace_with_review(

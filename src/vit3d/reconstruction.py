@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from .centerlines.foreground import LIKELY
+from .centerlines.level import LIKELY
 from .centerlines.prominence import light_of_its_own
 from .formats.lazy_voxels import ChangedVoxels, LazyVoxels, VoxelsWithin, pieces
 from .model.intensity_vit3d import fill_level
@@ -19,7 +19,7 @@ from .regridding import as_trained, on_grid_of
 from .swc import written_here
 from .tracing import MIN_VOXELS, Review, trace_with_review
 from .tree import NeuronTree, write_swc
-from .volume import SUFFIXES, Volume, is_stack, is_url, open_volume, write_volume
+from .volume import SUFFIXES, Volume, is_stack, is_url, open_volume, stack_name, write_volume
 
 Box = tuple[slice, slice, slice]
 
@@ -191,17 +191,23 @@ def inverted(volume: Volume) -> Volume:
     """
     voxels = volume.voxels
     fill = fill_level(voxels)
-    if isinstance(voxels, LazyVoxels) and voxels.dtype.kind != "i":
+    if isinstance(voxels, LazyVoxels):
         highest = max(np.asarray(voxels[box]).max() for box in pieces(voxels))
-        return Volume(ChangedVoxels(voxels, lambda part, _: _turned(part, highest, fill)), volume.spacing_um)
+        dtype = _unsigned(voxels.dtype)
+        return Volume(ChangedVoxels(voxels, lambda part, _: _turned(part, highest, fill), dtype), volume.spacing_um)
     voxels = np.asarray(voxels)
-    voxels = voxels.astype(np.int64) if voxels.dtype.kind == "i" else voxels
     return Volume(_turned(voxels, voxels.max(), fill), volume.spacing_um)
 
 
 def _turned(voxels: np.ndarray, highest, fill: float | None) -> np.ndarray:
-    turned = ~voxels if voxels.dtype == bool else highest - voxels
-    return turned if fill is None else np.where(voxels == fill, turned.dtype.type(0), turned)
+    dtype = _unsigned(voxels.dtype)
+    # of signed integers the difference may not fit their type; modulo its size it is right in the unsigned one
+    turned = ~voxels if dtype.kind == "b" else highest.astype(dtype) - voxels.astype(dtype, copy=False)
+    return turned if fill is None else np.where(voxels == fill, dtype.type(0), turned)
+
+
+def _unsigned(dtype: np.dtype) -> np.dtype:
+    return np.dtype(f"u{dtype.itemsize}") if dtype.kind == "i" else dtype
 
 
 def _traced(probability: Volume, part: Volume, statistics, tracing: dict) -> tuple[NeuronTree, list[Review]]:
@@ -299,13 +305,13 @@ def find_stacks(path: Path) -> dict[str, Path]:
     if is_stack(path):
         stores = [place for place in (path, *path.parents) if place.suffix == ".zarr"]  # a level is named by its store
         named = stores[-1] if stores else path
-        return {(named if named.name not in ("", "..") else named.resolve()).stem: path}  # `.` has no name of its own
+        return {stack_name(named if named.name not in ("", "..") else named.resolve()): path}  # `.` has none of its own
     files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-    stacks = [p for p in files if not p.stem.endswith("_probability")]
+    stacks = [p for p in files if not stack_name(p).endswith("_probability")]
     if not stacks:
         raise FileNotFoundError(f"{path} holds no stack; {', '.join(SUFFIXES)} are read.")
-    stems = [p.stem for p in stacks]
-    return {p.stem if stems.count(p.stem) == 1 else p.name: p for p in stacks}
+    names = [stack_name(p) for p in stacks]
+    return {name if names.count(name) == 1 else p.name: p for name, p in zip(names, stacks, strict=True)}
 
 
 def check_mask(mask, volume: Volume) -> None:

@@ -7,17 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from vit3d.centerlines.foreground import (
-    Foreground,
-    Level,
-    find_foreground,
-    find_level,
-    intensity_threshold,
-    seems_intensity,
-    seems_labels,
-    smoothed,
-)
+from vit3d.centerlines.foreground import Foreground, find_foreground
 from vit3d.centerlines.joining import join_fragments
+from vit3d.centerlines.level import Level, find_level
 from vit3d.centerlines.prominence import most_prominent_part
 from vit3d.centerlines.skeleton import skeletonize
 from vit3d.centerlines.soma import with_hub, with_soma
@@ -29,13 +21,6 @@ MIN_VOXELS = 6  # smaller components are noise, by default
 _SPECKS, _THINNING, _SPECKS_LEFT = 100, 0.5, 0.05  # see `_salt`
 _GAP_VOXELS = 10  # in-plane voxels bridged by default
 _RIVAL = 0.05  # a tree with less than this share of the longest one's cable is not the neuron, however sharp
-_SEEMS_INTENSITY = (
-    "The voxels lie from 0 to 1 and are taken for a probability, but few of those that are not dark lie above 0.5: "
-    "if they are intensities, say so with `threshold='intensity'` (--threshold intensity)."
-)
-_SEEMS_LABELS = (
-    "The voxels look like ids of several neurons, and are taken for grey levels: trace a mask of the one that you mean."
-)
 _CLOSE_RIVAL = 0.5  # share of the cable kept from which on what is left out deserves a word
 _WEAK = 0.6  # a weak spot has less than this share of the tree's median confidence
 
@@ -117,7 +102,7 @@ def trace_with_review(  # noqa: PLR0913 (those of `trace`, and one)
     refuse_other_than_volume(volume)
     _check(volume, root, min_branch_um, max_gap_um, step_um)
     unit = "um" if volume.spacing_um else "voxel"
-    volume, level = with_level(volume, threshold)
+    volume, level = find_level(volume, threshold)
     foreground = find_foreground(volume, level)
     if not len(foreground):
         warnings.warn(f"No voxel lies above the threshold {level.threshold:g}: the tree is empty.", stacklevel=3)
@@ -138,24 +123,11 @@ def trace_with_review(  # noqa: PLR0913 (those of `trace`, and one)
     return tree, left_out + reviews
 
 
-def with_level(volume: Volume, threshold: float | str | Level) -> tuple[Volume, Level]:
-    """The volume, smoothed where its intensities are and a threshold is to be found, and what counts as foreground; as
-    `trace` takes both. A level is left as it is. Whoever blanks part of a volume finds the level before."""
-    level = find_level(volume.voxels, threshold)
-    if threshold == "auto" and level.is_probability and seems_intensity(volume.voxels):
-        warnings.warn(_SEEMS_INTENSITY, stacklevel=4)
-    if threshold == "auto" and not level.is_probability and seems_labels(volume.voxels):
-        warnings.warn(_SEEMS_LABELS, stacklevel=4)
-    if threshold in ("auto", "intensity") and not level.is_probability:
-        volume = smoothed(volume)
-        level = replace(level, threshold=intensity_threshold(volume.voxels))
-    return volume, level
-
-
 def _check(volume, root, *lengths_um) -> None:
     for name, length in zip(("min_branch_um", "max_gap_um", "step_um"), lengths_um, strict=True):
-        if length is not None and not (math.isfinite(length) and length >= 0):
-            raise ValueError(f"`{name}` must be a length >= 0, got {length}.")
+        may_be_0 = name != "step_um"
+        if length is not None and not (math.isfinite(length) and (length > 0 or (may_be_0 and length == 0))):
+            raise ValueError(f"`{name}` must be a length {'>= 0' if may_be_0 else '> 0'}, got {length}.")
     if root is None:
         return
     step = np.array(volume.spacing_um or (1.0, 1.0, 1.0))
@@ -214,12 +186,10 @@ def _neuron(
     nearest = None if root is None else _nearest(tree, np.array(root))
     main = int(cable.argmax()) if root is None else part[nearest]
     neuron = neurons.get(main, np.flatnonzero(part == main))
-    tops = [] if root is None else [nearest]
-    for other in np.unique(part) if forest or root is None else []:
-        if other != (None if root is None else main):
-            rows = neuron if other == main else np.flatnonzero(part == other)
-            tops.append(rows[tree.radii[rows].argmax()])
-    rows = np.concatenate([neuron, np.flatnonzero(part != main) if forest else []]).astype(int)
+    others = {top: rows for top, rows in _by_part(part) if top != main} if forest else {}
+    tops = [nearest if root is not None else neuron[tree.radii[neuron].argmax()]]
+    tops += [rows[tree.radii[rows].argmax()] for rows in others.values()]
+    rows = np.concatenate([neuron, np.sort(np.concatenate([np.empty(0, int), *others.values()]))])
     new_row = np.full(len(tree), -1)
     new_row[rows] = np.arange(len(rows))
     bridges = [new_row[bridge] for bridge in bridges if (new_row[bridge] >= 0).all()]
@@ -257,11 +227,18 @@ def _left_out(tree: NeuronTree, kept: np.ndarray) -> list[Review]:
     dropped = np.isin(tree.edges, gone)
     cable = np.bincount(part[tree.edges[dropped]], tree.edge_lengths[dropped], len(tree))
     reviews = []
-    for root in sorted(np.unique(part[gone]), key=lambda root: -cable[root]):
-        rows = gone[part[gone] == root]
+    for root, rows in sorted(_by_part(part, gone), key=lambda item: -cable[item[0]]):
         middle = tuple(tree.points[rows].mean(0).tolist())
         reviews.append(Review("left out", middle, float(cable[root]), float(tree.confidence[rows].mean())))
     return reviews
+
+
+def _by_part(part: np.ndarray, rows: np.ndarray | None = None) -> list[tuple[int, np.ndarray]]:
+    """Of the rows, or all, those of each part, which `part` names for every row; both ascending."""
+    rows = np.arange(len(part)) if rows is None else rows
+    rows = rows[np.argsort(part[rows], kind="stable")]
+    cuts = np.flatnonzero(np.diff(part[rows])) + 1
+    return [(int(part[some[0]]), some) for some in np.split(rows, cuts)] if len(rows) else []
 
 
 def _warn_of_rivals(tree: NeuronTree, left_out: list[Review], root) -> None:
@@ -299,8 +276,8 @@ def _weak_spots(tree: NeuronTree, bridges: list[np.ndarray]) -> list[Review]:
     length = np.zeros(len(tree))
     np.add.at(length, run[tied], np.linalg.norm(tree.points[tied] - tree.points[tree.parents[tied]], axis=1))
     reviews = []
-    for top in np.flatnonzero(length):
-        rows = np.flatnonzero(weak & (run == top))
-        middle = tuple(tree.points[rows].mean(0).tolist())
-        reviews.append(Review("weak", middle, float(length[top]), float(tree.confidence[rows].mean())))
+    for top, rows in _by_part(run, np.flatnonzero(weak)):
+        if length[top]:
+            middle = tuple(tree.points[rows].mean(0).tolist())
+            reviews.append(Review("weak", middle, float(length[top]), float(tree.confidence[rows].mean())))
     return reviews

@@ -38,16 +38,39 @@ def join_fragments(
     fragment = forest.root_of
     joins = _candidates(forest, fragment, volume, probability, step, max_gap)
     group = np.arange(len(forest))
-    bridges, used = [], set()
+    parents, routes, bridges, used = forest.parents.tolist(), [], [], set()
     for join in joins:
         ends = [_find(group, fragment[row]) for row in (join.tip, join.target)]
         if ends[0] == ends[1] or join.tip in used:
             continue
         group[ends[0]] = ends[1]
         used |= {join.tip, join.target}
-        forest, bridge = _bridge(forest, join, volume, probability, step)
-        bridges.append(np.array([join.target, *bridge, join.tip]))
-    return forest, bridges
+        routes.append(_route(forest, join, volume, probability, step))
+        bridge = [join.target, *range(len(parents), len(parents) + len(routes[-1])), join.tip]
+        parents += bridge[:-2]
+        _hang(parents, join.tip, bridge[-2])
+        bridges.append(np.array(bridge))
+    return _with_routes(forest, routes, parents), bridges
+
+
+def _hang(parents: list[int], tip: int, target: int) -> None:
+    """Make `tip` the root of its fragment, and `target` its parent."""
+    row, above = tip, target
+    while row >= 0:
+        parents[row], above, row = above, row, parents[row]
+
+
+def _with_routes(forest: NeuronTree, routes: list[np.ndarray], parents: list[int]) -> NeuronTree:
+    """The forest with the nodes of all routes, (N, 5) each, behind its own."""
+    new = np.concatenate([np.empty((0, 5)), *routes])
+    return replace(
+        forest,
+        points=np.concatenate([forest.points, new[:, :3]]),
+        radii=np.concatenate([forest.radii, new[:, 3]]),
+        parents=np.array(parents, dtype=forest.parents.dtype),
+        types=np.concatenate([forest.types, np.zeros(len(new), int)]),
+        confidence=np.concatenate([forest.confidence, new[:, 4]]),
+    )
 
 
 def _find(group: np.ndarray, row: int) -> int:
@@ -149,30 +172,10 @@ def _seen_between(start, ends, volume, probability, step) -> np.ndarray:
     return probability(box[tuple(np.moveaxis(index - low, -1, 0))]).mean(1)
 
 
-def _bridge(forest, join, volume, probability, step) -> tuple[NeuronTree, np.ndarray]:
-    """The forest with the tip's fragment hung onto the target, and the rows of the new nodes between them."""
-    forest = forest.rerooted(join.tip)
-    route, seen = _route(forest.points[join.target], forest.points[join.tip], volume, probability, step)
-    number = len(route)
-    rows = len(forest) + np.arange(number)
-    parents = np.concatenate([forest.parents, np.append(join.target, rows)[:number]])
-    parents[join.tip] = rows[-1] if number else join.target
-    radii = np.linspace(forest.radii[join.target], forest.radii[join.tip], number + 2)[1:-1]
-    return (
-        replace(
-            forest,
-            points=np.concatenate([forest.points, route]),
-            radii=np.concatenate([forest.radii, np.minimum(radii, forest.radii[join.tip])]),
-            parents=parents,
-            types=np.concatenate([forest.types, np.zeros(number, int)]),
-            confidence=np.concatenate([forest.confidence, seen]),
-        ),
-        rows,
-    )
-
-
-def _route(start, stop, volume, probability, step) -> tuple[np.ndarray, np.ndarray]:
-    """Points strictly between two ends, about a voxel apart, along the most probable route; and what is seen there."""
+def _route(forest: NeuronTree, join: Join, volume, probability, step) -> np.ndarray:
+    """(N, 5) points strictly between the ends of a join, about a voxel apart, along the most probable route; their
+    radii; and what is seen there."""
+    start, stop = forest.points[[join.target, join.tip]]
     low = np.floor(np.minimum(start, stop) / step).astype(int) - 3
     high = np.ceil(np.maximum(start, stop) / step).astype(int) + 4
     low, high = np.maximum(low, 0), np.minimum(high, volume.shape)
@@ -182,7 +185,9 @@ def _route(start, stop, volume, probability, step) -> tuple[np.ndarray, np.ndarr
     if ((seen > 0) & (seen < 1)).any():  # a mask says nothing about its gaps
         points = _most_probable(start, stop, seen, low, step, count)
     index = np.clip(np.rint(points / step).astype(int) - low, 0, np.array(seen.shape) - 1)
-    return points, seen[tuple(index.T)].astype(np.float64)
+    thick, thin = forest.radii[[join.target, join.tip]]
+    radii = np.minimum(np.linspace(thick, thin, len(points) + 2)[1:-1], thin)
+    return np.column_stack([points, radii, seen[tuple(index.T)]])
 
 
 def _most_probable(start, stop, seen, low, step, count) -> np.ndarray:

@@ -97,11 +97,11 @@ class VoxelsWithin(LazyVoxels):
 
 
 class ChangedVoxels(LazyVoxels):
-    """A volume each box of which is `change(voxels of the box, box)`: as large, of the same type."""
+    """A volume each box of which is `change(voxels of the box, box)`: as large; of the same type, or of `dtype`."""
 
-    def __init__(self, source, change: Callable[[np.ndarray, Box], np.ndarray]):
+    def __init__(self, source, change: Callable[[np.ndarray, Box], np.ndarray], dtype=None):
         self._source, self._change = source, change
-        super().__init__(source.shape, source.dtype, getattr(source, "chunks", None))
+        super().__init__(source.shape, dtype or source.dtype, getattr(source, "chunks", None))
 
     def _fetch(self, box: Box) -> np.ndarray:
         return self._change(np.asarray(self._source[box]), box)
