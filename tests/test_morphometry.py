@@ -94,6 +94,8 @@ def test_sholl_counts_what_crosses_each_sphere():
     assert_array_equal(sholl(line, 3)[1], [1, 1, 1])
     with pytest.raises(ValueError, match="positive"):
         sholl(line, 0)
+    with pytest.raises(ValueError, match="a Sholl step of 1e-12 makes more than 100000 spheres"):
+        sholl(line, 1e-12)
 
 
 def test_the_volume_of_a_cylinder_and_of_a_cone():

@@ -211,6 +211,8 @@ def test_a_level_is_chosen_by_name_or_by_spacing(tmp_path):
         assert np.array_equal(open_volume(path, level=level).voxels[3], levels[name][3]), level
     with pytest.raises(ValueError, match="levels full, half, quarter, and no level '7'"):
         open_volume(path, level="7")
+    with pytest.raises(ValueError, match=r"The level '1\.\.2um' is no spacing: give one as 2um"):
+        open_volume(path, level="1..2um")
     ome(tmp_path / "b.zarr", levels, scales=scales, unit=None)
     with pytest.raises(ValueError, match=r"states no voxel size.*by name: full"):
         open_volume(tmp_path / "b.zarr", level=2.0)

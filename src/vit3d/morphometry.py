@@ -11,6 +11,7 @@ import numpy as np
 from vit3d.tree import SOMA, NeuronTree, follow
 
 _MOST_NODES = 100_000_000  # of a resampled tree, which takes some hundred bytes each
+_MOST_SPHERES = 100_000
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,10 @@ def sholl(tree: NeuronTree, step: float) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros(0), np.zeros(0, int)
     somas = np.flatnonzero(tree.types == SOMA)
     centre = tree.points[somas[0] if len(somas) else np.flatnonzero(tree.parents < 0)[0]]
-    shell = np.floor(np.linalg.norm(tree.points - centre, axis=1) / step).astype(int)
+    distance = np.linalg.norm(tree.points - centre, axis=1) / step
+    if distance.max() > _MOST_SPHERES:
+        raise ValueError(f"a Sholl step of {step} makes more than {_MOST_SPHERES} spheres; take a longer one.")
+    shell = np.floor(distance).astype(int)
     ends = np.sort([shell[tree.edges], shell[tree.parents[tree.edges]]], axis=0)
     size = shell.max() + 1
     entered, left = np.bincount(ends[0], minlength=size), np.bincount(ends[1], minlength=size)

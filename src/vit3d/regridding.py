@@ -56,10 +56,15 @@ def on_grid_of(volume: Volume, like: Volume) -> Volume:
 
     Itself, where it is on that grid.
     """
-    if volume.shape == like.shape and volume.spacing_um == like.spacing_um:
+    if volume.shape == like.shape and (volume.spacing_um == like.spacing_um or _as_fine(volume, like)):
         return volume
     steps = np.divide(like.spacing_um, volume.spacing_um)
     return Volume(RegriddedVoxels(volume.voxels, steps, like.shape), like.spacing_um)
+
+
+def _as_fine(volume: Volume, like: Volume) -> bool:
+    """A store rounds a spacing to nine digits."""
+    return None not in (volume.spacing_um, like.spacing_um) and np.allclose(volume.spacing_um, like.spacing_um, 1e-8, 0)
 
 
 class RegriddedVoxels(LazyVoxels):

@@ -162,6 +162,9 @@ def _target(level: str | float | SpacingUm) -> SpacingUm | None:
     if isinstance(level, str):
         if re.fullmatch(r"[\d.,\s]+um", level) is None:
             return None
-        level = [float(part) for part in level.removesuffix("um").split(",")]
+        try:
+            level = [float(part) for part in level.removesuffix("um").split(",")]
+        except ValueError:
+            raise ValueError(f"The level {level!r} is no spacing: give one as 2um, or as 2,1,1um.") from None
     steps = list(level) if isinstance(level, tuple | list) else [level]
     return checked_spacing(steps * 3 if len(steps) == 1 else steps)
