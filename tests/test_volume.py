@@ -229,6 +229,12 @@ def test_imagej_spacing_is_pixels_per_unit_and_the_absolute_slice_distance(tmp_p
     assert read_volume(path, spacing_um=(3, 2, 1)).spacing_um == (3, 2, 1)
 
 
+def test_a_decimal_comma_is_a_point_and_what_is_no_number_no_spacing(tmp_path):
+    path = imagej(tmp_path / "a.tif", noise(), spacing="1,5")
+    assert read_volume(path).spacing_um == (1.5, 0.5, 0.25)
+    assert read_volume(imagej(tmp_path / "a.tif", noise(), spacing="thin")).spacing_um is None
+
+
 def test_imagej_writes_micro_as_one_latin_byte_too(tmp_path):
     path = imagej(tmp_path / "a.tif", noise(), "Xm")
     path.write_bytes(path.read_bytes().replace(b"unit=Xm", b"unit=\xb5m"))

@@ -171,11 +171,19 @@ def _declared_size(tiff: tifffile.TiffFile) -> int | None:
     return None
 
 
+def _number(stated) -> float:
+    """What a header states as a number, also with a decimal comma; 0, which is no spacing, where it is none."""
+    try:
+        return float(str(stated).replace(",", "."))
+    except ValueError:
+        return 0.0
+
+
 def _stated_spacing(tiff: tifffile.TiffFile) -> SpacingUm | None:
     """Spacing (z, y, x) in um where the file states a physical unit; a bare resolution in dpi is no such."""
     if tiff.is_ome:
         pixels = _ome_pixels(tiff)
-        steps = [float(pixels.get(f"PhysicalSize{axis}", 0)) for axis in "ZYX"]
+        steps = [_number(pixels.get(f"PhysicalSize{axis}", 0)) for axis in "ZYX"]
         units = [pixels.get(f"PhysicalSize{axis}Unit", "µm") for axis in "ZYX"]
     elif tiff.is_lsm:
         steps = [tiff.lsm_metadata[f"VoxelSize{axis}"] for axis in "ZYX"]
@@ -184,7 +192,7 @@ def _stated_spacing(tiff: tifffile.TiffFile) -> SpacingUm | None:
         # ImageJ leaves `spacing` out when it is 1, and writes it negative for stacks taken downwards.
         tags = tiff.pages.first.tags
         per_pixel = [tags.valueof(f"{axis}Resolution", default=(0, 1)) for axis in "YX"]
-        steps = [abs(float(tiff.imagej_metadata.get("spacing", 1)))]
+        steps = [abs(_number(tiff.imagej_metadata.get("spacing", 1)))]
         steps += [length / pixels if pixels else math.inf for pixels, length in per_pixel]
         unit = tiff.imagej_metadata.get("unit", "")
         own = [str(tiff.imagej_metadata.get(f"{axis}unit", unit)) for axis in "zyx"]

@@ -51,7 +51,8 @@ def inflated_config(source: str, vit, patch_size, overrides: dict) -> ViT3DConfi
         ViT3DConfig(**inherited)  # what is wrong without the caller's own fields is wrong with the source
     except Exception as error:
         raise _broken(source, error) from error
-    return ViT3DConfig(**{**inherited, "patch_size": tuple(patch_size), **overrides})
+    patch_size = tuple(patch_size) if isinstance(patch_size, tuple | list) else (patch_size,)
+    return ViT3DConfig(**{**inherited, "patch_size": patch_size, **overrides})
 
 
 def _inherited_fields(source: str, vit) -> dict:
