@@ -687,8 +687,11 @@ def test_intensities_from_0_to_1_are_told_from_a_probability():
     grey = np.rint(np.clip(ndimage.gaussian_filter(200 * dim, 0.7) + rng.normal(10, 2, dim.shape), 0, 255))
     expected = trace(Volume(grey.astype(np.uint8)))
     scaled = Volume((grey / 255).astype(np.float32))
+    for voxels in (scaled.voxels, Counted(scaled.voxels)):
+        with pytest.warns(UserWarning, match="--threshold intensity"):
+            assert trace(Volume(voxels)).edge_lengths.sum() < 0.7 * expected.edge_lengths.sum()
     with pytest.warns(UserWarning, match="--threshold intensity"):
-        assert trace(scaled).edge_lengths.sum() < 0.7 * expected.edge_lengths.sum()
+        assert not len(trace(Volume(scaled.voxels / 10)))  # so dim that nothing is left
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = trace(scaled, threshold="intensity")

@@ -16,7 +16,7 @@ _SLAB_VOXELS = 1 << 18
 _PIECE = (64, 256, 256)  # read at once from disk; reading and blurring repeat work at the edges of pieces
 _SAMPLE_VOXELS = 1 << 22
 _PLANES, _ALIKE = 16, 0.96  # looked at for ids, and share of neighbours that are then the same
-_SURE = 0.25  # share of the voxels above 0.1 of a probability that lies above 0.5, at least
+_SEEN, _SURE = 0.1, 0.25  # of the voxels of a probability above the first, at least this share is above `LIKELY`
 _BLUR_VOXELS = 0.7  # along the finest axis: removes shot noise, leaves neurites of a voxel's width
 _TRUNCATE = 3.0
 _SEEMS_INTENSITY = (
@@ -54,12 +54,12 @@ def find_level(volume: Volume, threshold: float | str | Level = "auto") -> tuple
     """
     if isinstance(threshold, Level):
         return volume, threshold
-    low, high = _value_range(volume.voxels)
+    low, high, seems_intensity = _survey(volume.voxels)
     is_probability = low >= 0 and high <= 1 and threshold != "intensity"
     if threshold not in ("auto", "intensity"):
         return volume, Level(float(threshold), is_probability, min(low, 0.0))
     if is_probability:
-        if seems_intensity(volume.voxels):
+        if seems_intensity and threshold == "auto":
             warnings.warn(_SEEMS_INTENSITY, stacklevel=4)
         return volume, Level(LIKELY, True)
     if threshold == "auto" and seems_labels(volume.voxels):
@@ -117,16 +117,6 @@ def intensity_threshold(voxels: np.ndarray) -> float:
     return median + math.sqrt(noise * brightness)
 
 
-def seems_intensity(voxels: np.ndarray) -> bool:
-    """Whether voxels from 0 to 1 look like a stack that was scaled: a network, or a classifier, is mostly sure of what
-    it finds. Read off a sample of some million voxels; integers are a mask, and what lies on disk is not read for it.
-    """
-    if voxels.dtype.kind != "f" or isinstance(voxels, LazyVoxels):
-        return False
-    values = _sample(voxels)
-    return bool((values > 0.5).sum() < _SURE * (values > 0.1).sum())
-
-
 def seems_labels(voxels: np.ndarray) -> bool:
     """Whether integers look like ids of neurons on a background of 0: side by side, hardly two of them differ.
 
@@ -160,10 +150,16 @@ def slabs(voxels):
         yield (z, 0, 0), np.asarray(voxels[z : z + deep])
 
 
-def _value_range(voxels) -> tuple[float, float]:
-    low, high = np.inf, -np.inf
+def _survey(voxels) -> tuple[float, float, bool]:
+    """Least and largest value; and whether voxels from 0 to 1 look like a stack that was scaled: a network, or a
+    classifier, is mostly sure of what it finds. Integers are a mask. ValueError: NaN or infinite voxels."""
+    low, high, sure, seen = np.inf, -np.inf, 0, 0
     for _, part in slabs(voxels):
         low, high = min(low, float(part.min())), max(high, float(part.max()))
         if not np.isfinite(low + high):
             raise ValueError("The volume holds NaN or infinite voxels: replace them before tracing.")
-    return low, high
+        if high > _SEEN and voxels.dtype.kind == "f":
+            seen += np.count_nonzero(part > _SEEN)
+            sure += np.count_nonzero(part > LIKELY)
+    scaled = voxels.dtype.kind == "f" and 0 <= low < high <= 1
+    return low, high, scaled and (sure < _SURE * seen or high <= LIKELY)
