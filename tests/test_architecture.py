@@ -14,7 +14,7 @@ import vit3d
 
 HOUSE = Path(vit3d.__file__).parent
 VERBS = {"segmentation", "tracing", "scoring", "training", "sharing"}
-COMPOSED = {"reconstruction", "comparison", "learning.validation"}
+COMPOSED = {"reconstruction", "results", "comparison", "learning.validation"}
 TORCH_FREE = [
     *("volume", "tree", "swc", "targets", "annotations.gold", "simulate", "plot"),
     *("tracing", "scoring", "reconstruction", "cli", "model_card", "repository"),

@@ -367,9 +367,86 @@ def test_a_gold_beside_its_stack_is_never_replaced_and_an_earlier_result_is(vit3
     assert not (tmp_path / "k.tif").exists()
 
 
+def test_no_file_of_other_people_is_replaced_under_a_name_that_they_did_not_give(vit3d, tmp_path, checkpoint):
+    path, model = written(tmp_path / "a.tif"), ("--model", checkpoint)
+    for name in ("a.png", "a_review.csv", "a_probability.tif"):
+        (tmp_path / name).write_text("mine")
+        assert_refused(vit3d("reconstruct", path, "--out", tmp_path, *model), f"{name} is no result of an earlier run")
+        (tmp_path / name).unlink()
+    (tmp_path / "b_review.csv").write_text("mine")
+    assert_refused(vit3d("trace", path, tmp_path / "b.swc"), r"b_review\.csv is no result")
+    (tmp_path / "b_review.csv").unlink()
+    (tmp_path / "b_1.swc").write_text("1 2 0 0 0 1 -1\n")
+    assert_refused(vit3d("trace", path, tmp_path / "b.swc", "--forest"), r"b_1\.swc is no result")
+    demo = tmp_path / "demo"
+    demo.mkdir()
+    for name in ("neuron.tif", "truth.swc", "neuron.png"):
+        (demo / name).write_text("mine")
+        assert_refused(vit3d("demo", "--out", demo), f"{name} is no result of an earlier")
+        assert (demo / name).read_text() == "mine"
+        (demo / name).unlink()
+    assert files(tmp_path) == {"a.tif", "b_1.swc", "demo"}
+
+
+def test_results_are_replaced_by_those_of_the_next_run_and_what_stays_of_an_earlier_one_is_told(vit3d, tmp_path):
+    voxels = np.zeros((8, 40, 100), np.uint8)
+    voxels[3:5, 8:11, 5:95] = voxels[3:5, 24:27, 5:60] = 200
+    two, one = (
+        written(tmp_path / "two.tif", voxels),
+        written(tmp_path / "one.tif", voxels * (np.arange(40) < 20)[:, None]),
+    )
+    out = tmp_path / "o.swc"
+    assert "earlier" not in vit3d("trace", two, out, "--forest")[2]
+    assert "earlier" not in vit3d("trace", two, out, "--forest")[2]
+    said = vit3d("trace", one, out, "--forest")[2]
+    assert "Left by an earlier run, and not of this one: o_2.swc." in said
+    assert read_swc(tmp_path / "o_1.swc").num_roots == 1
+    assert "not of this one: o_1.swc, o_2.swc." in vit3d("trace", one, out)[2]
+    assert vit3d("trace", one, tmp_path / "o_2.swc")[0] == 0  # of a stack that is called o_2
+    assert "not of this one: o_1.swc." in vit3d("trace", one, out)[2]
+
+
+def test_what_is_wrong_with_the_options_is_said_before_the_network_is_loaded(vit3d, tmp_path):
+    path = written(tmp_path / "a.tif")
+    command = ("reconstruct", path, "--out", tmp_path / "o", "--model", tmp_path / "no checkpoint")
+    assert_refused(vit3d(*command, "--max-gap-um", "-1"), "`max_gap_um` must be a length >= 0, got -1")
+    for threshold in ("-1", "1", "nan"):
+        assert_refused(vit3d(*command, "--threshold", threshold), "--threshold")
+    assert_refused(vit3d("trace", path, tmp_path / "a.swc", "--step-um", "0"), "`step_um` must be a length > 0, got 0")
+
+
+def test_a_store_without_its_empty_chunks_is_read_where_that_is_said(vit3d, tmp_path, checkpoint):
+    import zarr
+
+    voxels = np.pad(stack(), ((0, 0), (0, 0), (0, 160)))
+    array = zarr.create_array(tmp_path / "a.zarr", shape=voxels.shape, chunks=(8, 40, 40), dtype=voxels.dtype)
+    array[:] = voxels
+    model, said = ("--model", checkpoint, "--spacing", "1,0.5,0.5"), ("--missing-as-fill",)
+    for command in (
+        ("trace", tmp_path / "a.zarr", tmp_path / "a.swc", *model[2:]),
+        ("reconstruct", tmp_path / "a.zarr", "--out", tmp_path / "o", *model),
+    ):
+        assert_refused(vit3d(*command), "has lost the chunk .*--missing-as-fill")
+        assert vit3d(*command, *said)[0] == 0
+
+
+def test_voxels_of_a_thousandth_of_a_micrometre_are_questioned(vit3d, tmp_path):
+    assert (
+        "are they mm?"
+        in vit3d("trace", written(tmp_path / "a.tif"), tmp_path / "a.swc", "--spacing", ".001,.0003,.0003")[2]
+    )
+
+
+def test_the_folder_of_a_training_names_its_checkpoints(vit3d, tmp_path):
+    (tmp_path / "run" / "last").mkdir(parents=True)
+    path = written(tmp_path / "a.tif")
+    refused = vit3d("reconstruct", path, "--out", tmp_path / "o", "--model", tmp_path / "run")
+    assert_refused(refused, r"run is the folder of a training; its checkpoints are .*run/last\.")
+
+
 def test_a_flag_that_would_be_passed_over_is_refused(vit3d, tmp_path, checkpoint):
     path = written(tmp_path / "a.tif")
-    for flags in (("--level", "1"), ("--box", "64,64,64"), ("--threads", "2"), ("--missing-as-fill",)):
+    for flags in (("--level", "1"), ("--box", "64,64,64"), ("--threads", "2"), ("--force",)):
         refused = vit3d("segment", path, tmp_path / "p.tif", "--model", checkpoint, *flags)
         assert_refused(refused, f"{flags[0]} is for OUT.zarr")
     for flag in ("--plot", "--image"):

@@ -171,6 +171,18 @@ def test_an_ome_tiff_has_the_name_of_its_tree(vit3d, tmp_path):
     assert [row["name"].split()[0] for row in json.loads(vit3d(*command)[1])] == ["a", "a", "mean", "mean"]
 
 
+def test_one_pair_that_cannot_be_scored_does_not_hide_the_others(vit3d, tmp_path):
+    for folder in ("found", "gold"):
+        (tmp_path / folder).mkdir()
+        line(tmp_path / folder / "a.swc")
+        line(tmp_path / folder / "b.swc")
+    write_swc(NeuronTree.empty(spacing_um=SPACING), tmp_path / "gold" / "b.swc")
+    status, printed, said = vit3d("score", tmp_path / "found", tmp_path / "gold")
+    assert status == 2
+    assert [row.split()[0] for row in printed.splitlines()] == ["name", "a", "mean"]
+    assert "vit3d: b failed: the gold tree has no nodes" in said
+
+
 def test_folders_that_share_no_name_are_refused(vit3d, tmp_path):
     for folder in ("found", "gold"):
         (tmp_path / folder).mkdir()
@@ -257,6 +269,13 @@ def test_split_writes_one_file_per_tree(vit3d, tmp_path):
     assert not (tmp_path / "b.swc").exists()
     assert [read_swc(tmp_path / f"b_{n}.swc").num_roots for n in (1, 2)] == [1, 1]
     assert sum(len(read_swc(tmp_path / f"b_{n}.swc")) for n in (1, 2)) == 5
+    assert vit3d("convert", tmp_path / "a.swc", tmp_path / "b.swc", "--split")[0] == 0  # its own are replaced
+    (tmp_path / "c_2.swc").write_text("1 2 0 0 0 1 -1\n")
+    assert_refused(vit3d("convert", tmp_path / "a.swc", tmp_path / "c.swc", "--split"), "c_2.swc is no result of vit3d")
+    two_trees(tmp_path / "d_1.swc")
+    assert_refused(vit3d("convert", tmp_path / "d_1.swc", tmp_path / "d.swc", "--split"), "d_1.swc is no result")
+    assert not (tmp_path / "c_1.swc").exists()
+    assert read_swc(tmp_path / "d_1.swc").num_roots == 2
 
 
 @pytest.mark.parametrize(

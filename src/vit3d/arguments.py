@@ -1,6 +1,7 @@
 """What people type -> what the verbs take. Every ValueError names the flag or the file, and what came."""
 
 import math
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,26 +14,36 @@ from .volume import SUFFIXES, Volume, is_stack, loaded, open_volume, read_volume
 SWC_SUFFIXES = (".swc", ".eswc")
 Box = tuple[slice, slice, slice]
 
-_LARGE_UM = 100.0  # no light microscope samples a neuron this coarsely
+_LARGE_UM = 100.0  # no light microscope samples a neuron this coarsely,
+_SMALL_UM = 0.005  # or this finely
 _SMALLEST_SHAPE = (8, 32, 32)
 
 
 # --- files that are read ---
 
 
-def read_stack(path: Path, spacing: str | None, channel: int | None = None, *, notice: bool = True) -> Volume:
+def read_stack(
+    path: Path, spacing: str | None, channel: int | None = None, *, notice: bool = True, missing_as_fill: bool = False
+) -> Volume:
     """A stack; with `notice`, one warning when nobody has stated its voxel size, or when it is a strange one."""
-    volume = read_volume(path, spacing_um=triple(spacing, "--spacing"), channel=channel)
+    reading = {"channel": channel, "missing_as_fill": missing_as_fill}
+    volume = read_volume(path, spacing_um=triple(spacing, "--spacing"), **reading)
     if notice:
         notice_spacing(path, volume)
     return volume
 
 
 def open_stack(
-    path: Path, spacing: str | None, channel: int | None, level: str | None, fits: Callable[[Volume], bool]
+    path: Path,
+    spacing: str | None,
+    channel: int | None,
+    level: str | None,
+    fits: Callable[[Volume], bool],
+    missing_as_fill: bool = False,
 ) -> Volume:
     """A stack, with the warnings of `read_stack`: in memory where it `fits`, else its voxels stay on disk."""
-    volume = open_volume(path, spacing_um=triple(spacing, "--spacing"), channel=channel, level=level)
+    reading = {"channel": channel, "level": level, "missing_as_fill": missing_as_fill}
+    volume = open_volume(path, spacing_um=triple(spacing, "--spacing"), **reading)
     volume = loaded(volume, path) if fits(volume) else volume
     notice_spacing(path, volume)
     return volume
@@ -41,6 +52,8 @@ def open_stack(
 def notice_spacing(path: Path, volume: Volume) -> None:
     if volume.spacing_um and max(volume.spacing_um) > _LARGE_UM:
         warnings.warn(f"{path.name} has voxels of {volume.spacing_um} um (z, y, x); are they nm?", stacklevel=3)
+    elif volume.spacing_um and max(volume.spacing_um) < _SMALL_UM:
+        warnings.warn(f"{path.name} has voxels of {volume.spacing_um} um (z, y, x); are they mm?", stacklevel=3)
     elif volume.spacing_um and volume.spacing_um[2] > volume.spacing_um[1] == volume.spacing_um[0]:
         warnings.warn(f"{path.name} has voxels of {volume.spacing_um} um; are these z, y and x?", stacklevel=3)
     if volume.spacing_um is None:
@@ -147,6 +160,8 @@ def new_folder(path: Path, source: str | Path | None = None) -> Path:
     nearest = next((place for place in (path, *path.parents) if place.exists()), path)
     if nearest.exists() and not nearest.is_dir():
         raise ValueError(f"{path} cannot be a folder: {nearest} is a file.")
+    if nearest.exists() and not os.access(nearest, os.W_OK):
+        raise PermissionError(f"Nothing can be written to {nearest}: it is read-only for you.")
     return path if source is None else _apart(path, source)
 
 
@@ -208,9 +223,14 @@ def bytes_of(gib: float) -> int:
     return int(gib * 2**30)
 
 
-def threshold_of(text: str, *names: str) -> float | str:
-    """A number, "auto", or another of the `names`."""
-    return text if text in ("auto", *names) else number(text, "--threshold")
+def threshold_of(text: str, *names: str, of_probability: bool = False) -> float | str:
+    """A number, "auto", or another of the `names`; of a probability from 0 to less than 1."""
+    if text in ("auto", *names):
+        return text
+    threshold = number(text, "--threshold")
+    if of_probability and not 0 <= threshold < 1:
+        raise ValueError(f"--threshold is of a probability here, from 0 to less than 1, got {text}.")
+    return threshold
 
 
 def factors_of(text: str) -> float | tuple[float, float, float]:
@@ -265,7 +285,7 @@ def root_of(text: str | None, box, spacing_um) -> tuple[float, ...] | None:
     if text is None:
         return None
     try:
-        if text.endswith(".marker"):
+        if text.lower().endswith(".marker"):
             lines = [line for line in Path(text).read_text().splitlines() if line.strip() and line[0] != "#"]
             x, y, z = (float(part) - 1 for part in lines[0].split(",")[:3])
         else:
@@ -303,4 +323,4 @@ def launched(environment) -> dict[str, int]:
     names = (("rank", "RANK", "SLURM_PROCID"), ("ranks", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
     names += (("local_rank", "LOCAL_RANK", "SLURM_LOCALID"),)
     alone = {"rank": 0, "ranks": 1, "local_rank": 0}
-    return {key: int(environment.get(own, environment.get(slurm, alone[key]))) for key, own, slurm in names}
+    return {key: int(environment.get(own) or environment.get(slurm) or alone[key]) for key, own, slurm in names}

@@ -56,6 +56,9 @@ def place_of(source: str) -> str:
     inside = Path(__file__).parent / "checkpoints"
     if Path(source).name == source and (inside / source / "config.json").is_file():
         return str(inside / source)
+    checkpoints = [str(Path(source) / name) for name in ("best", "last") if (Path(source) / name).is_dir()]
+    if checkpoints and not (Path(source) / "config.json").exists():
+        raise ValueError(f"{source} is the folder of a training; its checkpoints are {' and '.join(checkpoints)}.")
     if not Path(source).is_dir() and (source.count("/") != 1 or source[0] in "./~"):
         raise ValueError(f"{source} is no folder and no shipped checkpoint; a model on the Hub is NAMESPACE/NAME.")
     return source

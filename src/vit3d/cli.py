@@ -70,6 +70,9 @@ Level = Annotated[
 MemoryBudget = Annotated[
     float, typer.Option(help="GiB that this process may use; a larger stack is worked on box by box, on disk.")
 ]
+MissingAsFill = Annotated[
+    bool, typer.Option("--missing-as-fill", help="A Zarr store that is read leaves out empty chunks on purpose.")
+]
 SwcUnit = Annotated[
     str | None,
     typer.Option(help="Unit of the SWC that is written: um or voxel; default um where the voxel size is known."),
@@ -104,16 +107,23 @@ def demo(
     """Simulate a neuron, reconstruct it, score it, draw it."""
     from .checkpoint import load_checkpoint
     from .reconstruction import reconstruct as run
+    from .results import WRITTEN_BESIDE, refuse_foreign
     from .scoring import score_trees
     from .simulate import simulate_neuron
+    from .swc import written_here
     from .tree import write_swc
     from .volume import write_volume
 
-    new_folder(out)
+    stack, tree_file = new_folder(out) / "neuron.tif", out / "truth.swc"
+    if not (tree_file.is_file() and written_here(tree_file)):
+        for path in (stack, tree_file):
+            if path.exists():
+                raise ValueError(f"{path} is no result of an earlier demo and would be lost; choose another --out.")
+    refuse_foreign(out / "neuron.swc", False, WRITTEN_BESIDE)
     volume, truth = simulate_neuron(seed=seed)
     out.mkdir(parents=True, exist_ok=True)
-    write_volume(volume, out / "neuron.tif")
-    write_swc(truth, out / "truth.swc")
+    write_volume(volume, stack)
+    write_swc(truth, tree_file)
     network, processor = load_checkpoint()
     result = run(network, volume, processor=processor)
     result.write(out, "neuron")
@@ -142,6 +152,7 @@ def reconstruct(
     max_gap_um: MaxGap = None,
     forest: Forest = False,
     swc_unit: SwcUnit = None,
+    missing_as_fill: MissingAsFill = False,
     select: Annotated[bool, typer.Option(help="Leave out patches that hold only background.")] = True,
     regrid: Annotated[
         bool, typer.Option(help="Where voxels are coarser than those of the training, work on voxels like those.")
@@ -156,14 +167,17 @@ def reconstruct(
     What is larger than memory is computed into NAME_probability.zarr by as many processes as are started on it
     (`torchrun --no-python vit3d reconstruct ...`, srun, or the same command several times). Started again, it goes on.
     """
-    from .reconstruction import device_of, find_stacks, fits_in_memory, reconstruct_on_disk, refuse_foreign_trees
+    from .reconstruction import device_of, find_stacks, fits_in_memory, reconstruct_on_disk
     from .reconstruction import reconstruct as run
+    from .results import WRITTEN_BESIDE, refuse_foreign
+    from .tracing import check_lengths
 
+    check_lengths(max_gap_um=max_gap_um)
     stacks = find_stacks(stack)
     out = new_folder(out, source=stack if stack in stacks.values() else None)  # results may lie among several stacks
     for flag, value, parse in (("--spacing", spacing, triple), ("--swc-unit", swc_unit, unit_of)):
         parse(value, flag)  # what is wrong for all stacks is said once, and before the work
-    cut, allowed = threshold_of(threshold), open_mask(mask)
+    cut, allowed = threshold_of(threshold, of_probability=True), open_mask(mask)
     process = {"memory_bytes": bytes_of(memory_budget), **launched(os.environ)}
 
     def on_disk(volume, box=None) -> bool:
@@ -179,8 +193,8 @@ def reconstruct(
     rows, failures = [], []
     for name, path in stacks.items():
         try:
-            refuse_foreign_trees(out, name, forest)
-            volume = open_stack(path, spacing, channel, level, lambda volume: not on_disk(volume))
+            refuse_foreign(out / f"{name}.swc", forest, WRITTEN_BESIDE)
+            volume = open_stack(path, spacing, channel, level, lambda v: not on_disk(v), missing_as_fill)
             unit = unit_of(swc_unit, "--swc-unit", volume.spacing_um)
             box = box_of(crop, volume.shape)
             options = {"processor": processor, "box": box, "mask": allowed, "select": select}
@@ -206,6 +220,11 @@ def _conclude(rows: list[dict], failures: list[str], out: Path) -> None:
     if rows:
         typer.echo(as_table(rows))
         typer.echo(f"SWC, probability, picture and the list of places to review are in {out}/.", err=True)
+    _refuse(failures)
+
+
+def _refuse(failures: list[str]) -> None:
+    """Exit status 2 where there are any, after all that could be done."""
     for failure in failures:
         _complain(failure)
     if failures:
@@ -232,9 +251,7 @@ def segment(
     memory_budget: Annotated[float, typer.Option(help="OUT.zarr: GiB that this process may use.")] = 4.0,
     box: Annotated[str | None, typer.Option(help="OUT.zarr: write box Z,Y,X, in multiples of 64.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="OUT.zarr: CPU threads of the network.")] = None,
-    missing_as_fill: Annotated[
-        bool, typer.Option("--missing-as-fill", help="OUT.zarr: the input leaves out empty chunks on purpose.")
-    ] = False,
+    missing_as_fill: MissingAsFill = False,
     force: Annotated[
         bool, typer.Option("--force", help="OUT.zarr: go on with what another kind of machine began.")
     ] = False,
@@ -263,11 +280,10 @@ def segment(
         typer.echo(outcome.said())
         return
     for_stores = {"--level": level, "--box": box, "--threads": threads, "--force": force or None}
-    for_stores["--missing-as-fill"] = missing_as_fill or None
     if ignored := [flag for flag, value in for_stores.items() if value is not None]:
         raise ValueError(f"{', '.join(ignored)} is for OUT.zarr, got {out}.")
     out = new_file(out, ".tif", ".tiff", source=stack)
-    volume = read_stack(Path(stack), spacing, channel)
+    volume = read_stack(Path(stack), spacing, channel, missing_as_fill=missing_as_fill)
     part = box_of(crop, volume.shape)
     from .checkpoint import load_checkpoint
     from .regridding import warn_of_coarse_voxels
@@ -324,6 +340,7 @@ def trace(
     step_um: Annotated[float | None, typer.Option(help="Distance between nodes, in um; default about a voxel.")] = None,
     forest: Forest = False,
     swc_unit: SwcUnit = None,
+    missing_as_fill: MissingAsFill = False,
     memory_budget: MemoryBudget = 4.0,
 ):
     """Probability, mask or stack -> SWC; no network, no GPU.
@@ -340,10 +357,9 @@ def trace(
         place,
         placed_reviews,
         reviews_in,
-        swc_files,
         within,
-        write_review,
     )
+    from .results import refuse_foreign, swc_files, tell_of_earlier, write_review
     from .tracing import trace_with_review
     from .tree import write_swc
     from .volume import Volume
@@ -351,8 +367,9 @@ def trace(
     if polarity not in ("bright", "dark"):
         raise ValueError(f"--polarity takes bright or dark here, got {polarity!r}.")
     out, cut = new_file(out, ".swc", ".eswc", source=probability), threshold_of(threshold, "intensity")
+    refuse_foreign(out, forest, is_named=True)
     budget = bytes_of(memory_budget)
-    volume = open_stack(probability, spacing, channel, level, lambda v: fits_in_memory(v, budget))
+    volume = open_stack(probability, spacing, channel, level, lambda v: fits_in_memory(v, budget), missing_as_fill)
     unit, box = unit_of(swc_unit, "--swc-unit", volume.spacing_um), box_of(crop, volume.shape)
     start = root_of(root, box, volume.spacing_um)
     allowed = open_mask(mask)
@@ -372,10 +389,12 @@ def trace(
         forest=forest,
     )
     unit = unit or tree.unit
-    for path, part in swc_files(place(tree, box), make_room(out), forest):
+    files = dict(swc_files(place(tree, box), make_room(out), forest))
+    for path, part in files.items():
         write_swc(part, path, unit=unit)
     reviews = reviews_in(unit, placed_reviews(reviews, tree, box), tree)
     write_review(reviews, out.with_name(out.stem + "_review.csv"), unit)
+    tell_of_earlier(out, {path.name for path in files})
     typer.echo(as_table([{"name": out.stem, **summary(tree), "review": len(reviews)}]))
 
 
@@ -397,34 +416,48 @@ def score(
     as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON; what is infinite is null.")] = False,
 ):
     """Tree against tree (precision, recall, F1, ESA, DSA, PDS in voxels), or mask against mask."""
-    from .comparison import compare, means, plot_pair
+    from .comparison import means
     from .scoring import score_masks
 
-    in_folders, groups = is_folder(predicted), []
+    in_folders, groups, failures = is_folder(predicted), [], []
     if in_folders and not all(place is None or place.is_dir() for place in (image, plot)):
         raise ValueError("Folders are scored with a folder for --image and one that exists for --plot.")
     if plot is not None and not in_folders:
         new_file(plot, ".png")
     for name, first, second in pairs(predicted, gold):
-        if not is_swc(first):
-            if plot is not None or image is not None:
+        picture = plot / f"{name}.png" if plot is not None and in_folders else plot
+        try:
+            if is_swc(first):
+                trees = read_trees(first, second, predicted_unit, gold_unit, spacing)
+                groups.append(_scored(name, *trees, threshold, stack_named(image, name), spacing, picture))
+            elif plot is not None or image is not None:
                 raise ValueError(f"--plot and --image are for trees; {first} is none.")
-            masks = (read_stack(path, spacing, notice=False) for path in (first, second))
-            groups.append([{"name": name, **score_masks(*masks)}])
-            continue
-        trees = read_trees(first, second, predicted_unit, gold_unit, spacing)
-        shown = stack_named(image, name)
-        volume = None if shown is None else read_stack(shown, spacing, notice=False)
-        groups.append(compare(name, *trees, threshold, volume))
-        if plot is not None:
-            plot_pair(*trees, plot / f"{name}.png" if in_folders else make_room(plot), threshold, volume)
-    rows = [row for group in groups for row in group] + (means(groups) if in_folders else [])
+            else:
+                masks = (read_stack(path, spacing, notice=False) for path in (first, second))
+                groups.append([{"name": name, **score_masks(*masks)}])
+        except (ValueError, OSError, MemoryError) as error:
+            if not in_folders:
+                raise
+            failures.append(f"{name} failed: {sentence(error)}")
+    rows = [row for group in groups for row in group] + (means(groups) if in_folders and groups else [])
     if as_json:
         typer.echo(as_json_text(rows))
-    else:
+    elif rows:
         keys = ["name", *(MAIN_SCORES if "f1" in rows[0] else [key for key in rows[0] if key != "name"])]
         extra = [key for key in ("precision_of_traced", "corrections_per_mm") if any(key in row for row in rows)]
         typer.echo(as_table([{key: row.get(key, "") for key in keys + extra} for row in rows]))
+    _refuse(failures)
+
+
+def _scored(name: str, predicted, gold, threshold: float, image, spacing, picture: Path | None) -> list[dict]:
+    """Rows of a pair of trees, and its picture."""
+    from .comparison import compare, plot_pair
+
+    volume = None if image is None else read_stack(image, spacing, notice=False)
+    rows = compare(name, predicted, gold, threshold, volume)
+    if picture is not None:
+        plot_pair(predicted, gold, make_room(picture), threshold, volume)
+    return rows
 
 
 @app.command()
@@ -475,6 +508,7 @@ def convert(
 ):
     """Units, scale, flip, resampling, splitting of an SWC, in this order; parents come before children."""
     from .morphometry import resample as run
+    from .swc import written_here
     from .tree import read_swc, write_swc
 
     out = new_file(out, ".swc", ".eswc", source=source)
@@ -488,8 +522,13 @@ def convert(
     parts = tree.split() if split else [tree]
     if not parts:
         warnings.warn(f"{source} is an empty tree: nothing to split.", stacklevel=2)
-    for count, part in enumerate(parts, start=1):
-        write_swc(part, make_room(out).with_name(f"{out.stem}_{count}{out.suffix}") if split else make_room(out))
+    files = [out.with_name(f"{out.stem}_{n}{out.suffix}") for n in range(1, len(parts) + 1)] if split else [out]
+    for path in files if split else ():  # names that nobody gave
+        if path.exists() and (path.samefile(source) or not written_here(path)):
+            raise ValueError(f"{path} is no result of vit3d, or what is split, and would be lost; choose another name.")
+    make_room(out)
+    for path, part in zip(files, parts, strict=True):
+        write_swc(part, path)
 
 
 @app.command()
@@ -605,7 +644,10 @@ def train(
 @app.command()
 def share(
     checkpoint: Annotated[
-        str, typer.Argument(help="Folder written by train, or a shipped name; with --dataset a folder of pairs.")
+        str,
+        typer.Argument(
+            help="Checkpoint that train wrote (RUN/best), or a shipped name; with --dataset a folder of pairs."
+        ),
     ],
     repo_id: Annotated[str, typer.Argument(help="NAMESPACE/NAME on the Hub.")],
     private: Annotated[bool, typer.Option(help="Visible to you alone.")] = False,

@@ -1,10 +1,7 @@
 """The main job, composed of the verbs: stack -> probability -> tree, and the files a person wants of it."""
 
-import csv
 import math
 import os
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,8 +13,8 @@ from .centerlines.prominence import light_of_its_own
 from .formats.lazy_voxels import ChangedVoxels, LazyVoxels, VoxelsWithin, pieces
 from .model.intensity_vit3d import fill_level
 from .regridding import as_trained, on_grid_of
-from .swc import written_here
-from .tracing import MIN_VOXELS, Review, trace_with_review
+from .results import WRITTEN_BESIDE, refuse_foreign, swc_files, tell_of_earlier, write_review
+from .tracing import MIN_VOXELS, Review, check_lengths, trace_with_review
 from .tree import NeuronTree, write_swc
 from .volume import SUFFIXES, Volume, is_stack, is_url, open_volume, stack_name, write_volume
 
@@ -46,22 +43,25 @@ class Reconstruction:
         """
         from .plot import plot_reconstruction
 
-        refuse_foreign_trees(out, name, forest)
+        swc, on_disk = out / f"{name}.swc", isinstance(self.probability.voxels, LazyVoxels)
+        refuse_foreign(swc, forest, WRITTEN_BESIDE)
         out.mkdir(parents=True, exist_ok=True)
         unit = swc_unit or self.tree.unit
         with TemporaryDirectory(prefix=f".{name}.", suffix=".partial", dir=out) as folder:
             whole = Path(folder)
-            for path, tree in swc_files(self.tree, whole / f"{name}.swc", forest):
+            for path, tree in swc_files(self.tree, whole / swc.name, forest):
                 write_swc(tree, path, unit=unit)
             write_review(reviews_in(unit, self.reviews, self.tree), whole / f"{name}_review.csv", unit)
-            if not isinstance(self.probability.voxels, LazyVoxels):
+            if not on_disk:
                 write_volume(self.probability, whole / f"{name}_probability.tif")
             here, picture = place(self.tree, self.box, -1), whole / f"{name}.png"
             plot_reconstruction(self.volume, here, picture, probability=self.probability, polarity=self.polarity)
-            for path in sorted(
-                whole.iterdir(), key=lambda path: path.suffix == ".swc"
-            ):  # trees last: then all is there
+            # the list first, by which a run after a kill knows its own; trees last: then all is there
+            order = (".csv", ".tif", ".png", ".swc")
+            written = sorted(whole.iterdir(), key=lambda path: order.index(path.suffix))
+            for path in written:
                 os.replace(path, out / path.name)
+        tell_of_earlier(swc, {path.name for path in written}, ("_probability.tif",) if on_disk else ())
 
 
 def reconstruct(
@@ -87,8 +87,9 @@ def reconstruct(
     from .model.image_processing_vit3d import ViT3DImageProcessor
     from .segmentation import segment  # torch is loaded only here: tracing a mask needs none
 
+    check_lengths(max_gap_um=tracing.get("max_gap_um"))  # before the long part
     if mask is not None:
-        check_mask(mask, volume)  # before the long part
+        check_mask(mask, volume)
     processor = processor or ViT3DImageProcessor.from_config(model.config)
     statistics = processor.measure(as_trained(volume, model.config).voxels)
     box = box or tuple(slice(0, size) for size in volume.shape)
@@ -127,6 +128,7 @@ def reconstruct_on_disk(
     from .formats.pyramid import build_pyramid, has_pyramid
     from .model.image_processing_vit3d import ViT3DImageProcessor
 
+    check_lengths(max_gap_um=tracing.get("max_gap_um"))
     if mask is not None:
         check_mask(mask, volume)
     processor = processor or ViT3DImageProcessor.from_config(model.config)
@@ -260,38 +262,6 @@ def reviews_in(unit: str | None, reviews: list[Review], tree: NeuronTree) -> lis
         return reviews
     step = np.array(tree.spacing_um) if unit == "um" else 1 / np.array(tree.spacing_um)
     return [replace(r, point=tuple((np.array(r.point) * step).tolist()), length=r.length * step[2]) for r in reviews]
-
-
-def refuse_foreign_trees(out: Path, name: str, forest: bool) -> None:
-    """ValueError where an SWC lies in a result's place that is none itself: a gold beside its stack must not go."""
-    taken, has_results = re.compile(re.escape(name) + r"_\d+" * forest), (out / f"{name}_review.csv").is_file()
-    for path in sorted(out.glob("*.swc")):
-        if taken.fullmatch(path.stem) and not (has_results and written_here(path)):
-            raise ValueError(
-                f"{path} is no result of an earlier run and would be lost; name another folder with --out."
-            )
-
-
-def swc_files(tree: NeuronTree, path: Path, forest: bool) -> Iterator[tuple[Path, NeuronTree]]:
-    """The SWC `path`, or with `forest` one per tree: `NAME_1.swc` with most cable, `NAME_2.swc`, ..."""
-    if not forest:
-        yield path, tree
-        return
-    trees = sorted(tree.split(), key=lambda part: -part.cable_length) or [tree]
-    for number, part in enumerate(trees, start=1):
-        yield path.with_name(f"{path.stem}_{number}{path.suffix}"), part
-
-
-def write_review(reviews: list[Review], path: Path, unit: str | None) -> None:
-    """One row per place to look at, least confident first: kind, x, y, z, length (in the tree's unit), confidence."""
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["kind", *(f"{axis}_{unit}" for axis in "xyz"), f"length_{unit}", "confidence"])
-        for review in reviews:
-            z, y, x = review.point
-            writer.writerow([review.kind, *(f"{v:.2f}" for v in (x, y, z, review.length)), f"{review.confidence:.3f}"])
-    os.replace(temporary, path)
 
 
 def find_stacks(path: Path) -> dict[str, Path]:

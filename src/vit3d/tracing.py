@@ -100,7 +100,8 @@ def trace_with_review(  # noqa: PLR0913 (those of `trace`, and one)
     several trees is kept, and of that no more than is the neuron. Without it, the one with most cable.
     """
     refuse_other_than_volume(volume)
-    _check(volume, root, min_branch_um, max_gap_um, step_um)
+    check_lengths(min_branch_um=min_branch_um, max_gap_um=max_gap_um, step_um=step_um)
+    _check_root(volume, root)
     unit = "um" if volume.spacing_um else "voxel"
     volume, level = find_level(volume, threshold)
     foreground = find_foreground(volume, level)
@@ -123,11 +124,15 @@ def trace_with_review(  # noqa: PLR0913 (those of `trace`, and one)
     return tree, left_out + reviews
 
 
-def _check(volume, root, *lengths_um) -> None:
-    for name, length in zip(("min_branch_um", "max_gap_um", "step_um"), lengths_um, strict=True):
-        may_be_0 = name != "step_um"
-        if length is not None and not (math.isfinite(length) and (length > 0 or (may_be_0 and length == 0))):
-            raise ValueError(f"`{name}` must be a length {'>= 0' if may_be_0 else '> 0'}, got {length}.")
+def check_lengths(**lengths_um: float | None) -> None:
+    """ValueError: one that is given is no length >= 0, or, of `step_um`, > 0."""
+    for name, length in lengths_um.items():
+        least = "> 0" if name == "step_um" else ">= 0"
+        if length is not None and not (math.isfinite(length) and (length > 0 or (length == 0 and least == ">= 0"))):
+            raise ValueError(f"`{name}` must be a length {least}, got {length}.")
+
+
+def _check_root(volume: Volume, root) -> None:
     if root is None:
         return
     step = np.array(volume.spacing_um or (1.0, 1.0, 1.0))

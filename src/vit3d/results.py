@@ -1,0 +1,78 @@
+"""The files that come of a stack: which they are, whose they are, and how they are written."""
+
+import csv
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from .swc import written_here
+from .tracing import Review
+from .tree import NeuronTree
+
+WRITTEN_BESIDE = (".png", "_probability.tif")  # the tree NAME.swc, NAME with these endings
+_REVIEW_STARTS = b"kind,x_"
+
+
+def refuse_foreign(swc: Path, forest: bool, beside: tuple[str, ...] = (), *, is_named: bool = False) -> None:
+    """ValueError where what no earlier run wrote lies in a result's place: a gold beside its stack must not go.
+
+    swc: the tree, by whose name the others are called. beside: endings of what is written with it and the list of
+    places to review. is_named: somebody asked for a file of this very name, and may have it replaced.
+    """
+    review = _review_of(swc)
+    has_results = review.is_file() and _starts(review, _REVIEW_STARTS)
+    trees = [path for path in _trees(swc) if (path.stem != swc.stem) == forest and not (is_named and path == swc)]
+    others = [path for path in (review, *(swc.with_name(swc.stem + end) for end in beside)) if path.exists()]
+    foreign = [path for path in trees if not (has_results and written_here(path))] + others * (not has_results)
+    if foreign:
+        raise ValueError(
+            f"{foreign[0]} is no result of an earlier run and would be lost; choose another place for what is written."
+        )
+
+
+def tell_of_earlier(swc: Path, written: set[str], beside: tuple[str, ...] = ()) -> None:
+    """A warning where results of an earlier run stay among the new ones, whose names are `written`."""
+    trees = [path for path in _trees(swc) if path == swc or not _review_of(path).is_file()]  # not of NAME_1.tif
+    stale = [path.name for path in trees if path.name not in written and written_here(path)]
+    stale += [swc.stem + end for end in beside if swc.with_name(swc.stem + end).is_file()]
+    if stale:
+        warnings.warn(f"Left by an earlier run, and not of this one: {', '.join(stale)}.", stacklevel=3)
+
+
+def _trees(swc: Path) -> list[Path]:
+    """`NAME.swc` and `NAME_1.swc`, `NAME_2.swc`, ..., as far as they are there."""
+    name = re.compile(re.escape(swc.stem) + r"(_\d+)?")
+    return sorted(path for path in swc.parent.glob(f"*{swc.suffix}") if name.fullmatch(path.stem))
+
+
+def _starts(path: Path, with_bytes: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(with_bytes)) == with_bytes
+
+
+def _review_of(swc: Path) -> Path:
+    return swc.with_name(f"{swc.stem}_review.csv")
+
+
+def swc_files(tree: NeuronTree, path: Path, forest: bool) -> Iterator[tuple[Path, NeuronTree]]:
+    """The SWC `path`, or with `forest` one per tree: `NAME_1.swc` with most cable, `NAME_2.swc`, ..."""
+    if not forest:
+        yield path, tree
+        return
+    trees = sorted(tree.split(), key=lambda part: -part.cable_length) or [tree]
+    for number, part in enumerate(trees, start=1):
+        yield path.with_name(f"{path.stem}_{number}{path.suffix}"), part
+
+
+def write_review(reviews: list[Review], path: Path, unit: str | None) -> None:
+    """One row per place to look at, least confident first: kind, x, y, z, length (in the tree's unit), confidence."""
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["kind", *(f"{axis}_{unit}" for axis in "xyz"), f"length_{unit}", "confidence"])
+        for review in reviews:
+            z, y, x = review.point
+            writer.writerow([review.kind, *(f"{v:.2f}" for v in (x, y, z, review.length)), f"{review.confidence:.3f}"])
+    os.replace(temporary, path)
