@@ -259,6 +259,8 @@ def test_a_patch_that_does_not_divide_the_kernel_is_refused(tiny_vit, patch_size
 def test_a_patch_that_does_not_divide_the_window_is_refused(tiny_vit):
     with pytest.raises(ValueError, match=r"must be a multiple of .* the nearest that fits is \(8, 48, 48\)"):
         from_2d(str(tiny_vit), patch_size=(4, 16, 16), volume_size=(8, 48, 50))
+    with pytest.raises(ValueError, match="need three numbers"):
+        from_2d(str(tiny_vit), patch_size=8)
 
 
 def test_a_missing_weight_is_named(tiny_vit, tmp_path):

@@ -578,6 +578,10 @@ def test_sizes_that_do_not_fit_are_refused():
     [
         (dict(volume_size=(8, 16, 20)), r"the nearest that fits is \(8, 16, 16\)"),
         (dict(patch_size=(8, 8)), "need three numbers"),
+        (dict(num_channels=0), "`num_channels` 0 and `head_channels` \\d must be at least 1"),
+        (dict(head_channels=0), "`num_channels` 1 and `head_channels` 0 must be at least 1"),
+        (dict(image_std=0.0), "`image_std` must be positive, got 0.0"),
+        (dict(position_grid=(14,)), r"`position_grid` \(14,\) must be two numbers"),
         (dict(patch_size=(4, 0, 8)), r"`patch_size` \(4, 0, 8\) must be at least 1"),
         (dict(patch_size=(4, -8, 8)), "must be at least 1"),
         (dict(hidden_act="foo"), "`hidden_act` 'foo' is no activation"),

@@ -1,4 +1,4 @@
-"""NOUN  Block: a window to read and what of it to keep; plans over a shape.
+"""NOUN  Block: a window to read; plans over a shape.
 
 Numpy only, and no model.
 Coordinates are voxels, (depth, height, width). Windows may reach beyond the volume (it is then replicated

@@ -1,5 +1,6 @@
 """What the network is."""
 
+import math
 from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
@@ -19,7 +20,7 @@ class ViT3DConfig(PreTrainedConfig):
         volume_size: the window the network is trained on and `segment` uses, in whole patches. A checkpoint can be
             loaded with another height and width, not with another depth: its depth embedding has a row per patch.
         patch_size: extent of one token. With `prediction="center_slice"` its depth is the window's depth.
-        num_channels: channels of the stack.
+        num_channels: channels of the stack. `forward` takes any number, `segment` and the image processor one.
         prediction: `"volume"`, the whole block at once, or `"center_slice"`, the paper's mode: a 2D grid of
             tokens that paints the window's centre slice.
         hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act, hidden_dropout_prob,
@@ -117,6 +118,14 @@ class ViT3DConfig(PreTrainedConfig):
             raise ValueError(
                 f"`hidden_size` {self.hidden_size} must divide by `num_attention_heads` {self.num_attention_heads}."
             )
+        if min(self.num_channels, self.head_channels) < 1:
+            raise ValueError(
+                f"`num_channels` {self.num_channels} and `head_channels` {self.head_channels} must be at least 1."
+            )
+        if len(self.position_grid) != 2 or min(self.position_grid) < 1:
+            raise ValueError(f"`position_grid` {self.position_grid} must be two numbers, rows and columns.")
+        if not 0 < self.image_std < math.inf:
+            raise ValueError(f"`image_std` must be positive, got {self.image_std}.")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` {self.hidden_act!r} is no activation that transformers knows.")
         if not self.fused_layers or not all(1 <= depth <= self.num_hidden_layers for depth in self.fused_layers):
