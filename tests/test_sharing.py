@@ -19,10 +19,13 @@ from transformers.dynamic_module_utils import get_imports
 import vit3d
 from hub import Hub, talking_to
 from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation, repository
+from vit3d.annotations.file_facts import stamp
+from vit3d.annotations.pairs import find_pairs
 from vit3d.checkpoint import load_checkpoint
 from vit3d.cli import main
+from vit3d.learning.training_data import neuron_facts
 from vit3d.model_card import Record, card_of, check_card
-from vit3d.sharing import prepare, share, share_dataset
+from vit3d.sharing import _described, prepare, share, share_dataset
 
 REPO = "lab/our-network"
 CARDS = Path(__file__).parents[1] / "model_cards"
@@ -375,6 +378,23 @@ def test_a_data_set_is_shared_as_checksums_and_nothing_of_it_is_sent(pairs, hub,
     assert "license: cc-by-4.0" in card
     assert str(pairs.parent) not in files["metadata.jsonl"].decode() + card
     assert "same to the last byte" in capsys.readouterr().out
+
+
+def test_of_a_zarr_stack_bytes_and_checksum_are_those_of_all_its_files(pairs):
+    import zarr
+
+    voxels = vit3d.read_volume(pairs / "a.tif").voxels
+    (pairs / "a.tif").unlink()
+    zarr.create_array(pairs / "a.zarr", data=voxels, chunks=(8, 24, 24))
+    row = find_pairs(pairs)[0]
+    described = _described(row, pairs)
+    files = [path for path in (pairs / "a.zarr").rglob("*") if path.is_file()]
+    assert described["image_bytes"] == sum(path.stat().st_size for path in files) == neuron_facts([row])["a"][0]
+    stamps, digests = [stamp(row["image"])], [described["image_sha256"]]
+    chunk = next(path for path in files if path.name != "zarr.json")
+    chunk.write_bytes(chunk.read_bytes()[::-1])
+    assert stamp(row["image"]) != stamps[0]
+    assert _described(row, pairs)["image_sha256"] != digests[0]
 
 
 @pytest.mark.parametrize("flag", ["--card", "--base-model"])

@@ -1,6 +1,5 @@
 """VERB share: a checkpoint, or what a data set consists of, on the Hub in one commit."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ import torch
 from huggingface_hub import DatasetCardData, snapshot_download
 from tqdm import tqdm
 
+from .annotations.file_facts import digest, size
 from .annotations.pairs import find_pairs
 from .checkpoint import load_checkpoint, place_of
 from .model.configuration_vit3d import ViT3DConfig
@@ -186,9 +186,7 @@ def _described(row: dict, data: Path) -> dict:
             continue
         path = Path(value)
         described[key] = Path(os.path.relpath(path, data)).as_posix()
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        described |= {f"{key}_bytes": path.stat().st_size, f"{key}_sha256": digest}
+        described |= {f"{key}_bytes": size(path), f"{key}_sha256": digest(path)}
     return described
 
 

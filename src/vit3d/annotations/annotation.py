@@ -1,6 +1,5 @@
 """One neuron with its annotation: from a row of `find_pairs` to a stack and what was drawn on it."""
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from ..model.intensity_vit3d import measure
 from ..targets import labels_from_codes, labels_from_mask
 from ..tree import NeuronTree, read_swc
 from ..volume import Volume, open_volume, read_volume
+from .file_facts import digest
 from .gold import align_gold, check_bounds, lies_on_image, likely_cause
 from .pairs import is_mask
 
@@ -32,7 +32,7 @@ def examine(row: dict, *, align: bool = True, keep_misplaced: bool = False) -> d
 
 def _examined(row: dict, align: bool, keep_misplaced: bool) -> dict:
     shape, spacing_um = _header(row)
-    sums = {"image_sha256": _sha256(row["image"]), "gold_sha256": _sha256(row["swc"] or row["label"])}
+    sums = {"image_sha256": digest(row["image"]), "gold_sha256": digest(row["swc"] or row["label"])}
     facts = {**row, **sums, "spacing_um": spacing_um, "shape": shape, "shift_vox": (0.0, 0.0, 0.0)}
     if row["label"]:
         read_labels(row, shape)
@@ -113,13 +113,3 @@ def _in_voxels(row: dict, spacing_um) -> NeuronTree:
     tree = read_swc(row["swc"])
     tree = replace(tree, unit="voxel") if tree.unit is None else tree
     return tree.to("voxel", tree.spacing_um or spacing_um)
-
-
-def _sha256(path: str) -> str:
-    """Of a file; of a folder (a Zarr store) that of its files' names and sums."""
-    if not Path(path).is_dir():
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    files = sorted(file for file in Path(path).rglob("*") if file.is_file())
-    sums = [(file.relative_to(path).as_posix(), _sha256(str(file))) for file in files]
-    return hashlib.sha256(repr(sums).encode()).hexdigest()

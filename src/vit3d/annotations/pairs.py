@@ -23,6 +23,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..volume import SUFFIXES, stack_name
+from .file_facts import stamp
 
 TEST_SHARE = 0.2
 SCALING_TABLE = "scaling_gold.csv"  # BigNeuron's own table of voxel sizes
@@ -59,8 +60,7 @@ class Survey:
     @property
     def fingerprint(self) -> str:
         """Changes when a file comes, goes, grows or is written again."""
-        parts = [part for file in self.files for part in (file, *(file.rglob("*") if file.is_dir() else ()))]
-        facts = [(str(part.resolve()), part.stat().st_size, part.stat().st_mtime_ns) for part in parts]
+        facts = [fact for file in self.files for fact in stamp(file)]
         return hashlib.sha256(repr(sorted(facts)).encode()).hexdigest()
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..annotations import annotation
+from ..annotations.file_facts import size, stamp
 from ..annotations.gold import align_gold, check_bounds, lies_on_image, likely_cause, untraced_structure
 from ..annotations.pairs import find_pairs, split_name, splits_of
 from ..model.configuration_vit3d import ViT3DConfig
@@ -70,8 +71,7 @@ def neuron_facts(rows: list[dict]) -> dict[str, list[float]]:
     """Name -> bytes of its files and its voxel size: what tells one data folder from another, wherever it lies."""
     files = ("image", "swc", "label")
     return {
-        row["name"]: [*(Path(row[key]).stat().st_size for key in files if row.get(key)), *(row["spacing_um"] or ())]
-        for row in rows
+        row["name"]: [*(size(row[key]) for key in files if row.get(key)), *(row["spacing_um"] or ())] for row in rows
     }
 
 
@@ -193,8 +193,7 @@ def read_stack(row: dict, spacing_um=None) -> Volume:
 
 def _key(row: dict, config: TrainingConfig) -> str:
     """All that a row's volume depends on: its files as they are now, the spacing, and how its gold is taken."""
-    files = [Path(row[key]).resolve() for key in ("image", "swc", "label") if row[key]]
-    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    facts = [fact for key in ("image", "swc", "label") if row[key] for fact in stamp(row[key])]
     spacing_um = config.spacing_um or row.get("spacing_um")
     return repr((row["name"], facts, row.get("channel"), spacing_um, config.align, config.keep_misplaced))
 
@@ -219,7 +218,7 @@ def _part(name: str, volume: Volume, tree: NeuronTree, box, processor: ViT3DImag
     voxels, statistics = np.asarray(volume.voxels[box]), processor.measure(volume.voxels)
     tree = tree.shifted([-part.start for part in box])
     radii = {"min_radius_vox": MIN_RADIUS_VOX, "max_radius_vox": THICKEST_VOX}
-    labels = training_labels(tree, voxels.shape, **radii, ignore_vox=0.0)
+    labels = training_labels(tree, voxels.shape, **radii)
     return TrainingVolume.prepare(name, voxels, labels, processor, statistics)
 
 
@@ -232,6 +231,6 @@ def _made_ready(row: dict, config: TrainingConfig, processor: ViT3DImageProcesso
     if not radii_fit(pair.gold, shape):
         warnings.warn(f"{row['name']}: by its radii the gold fills its stack; they are not used.", stacklevel=2)
     untraced = untraced_structure(pair.volume, pair.gold, polarity=pair.polarity)
-    labels = training_labels(pair.gold, shape, min_radius_vox=MIN_RADIUS_VOX, ignore_vox=0.0, untraced=untraced)
+    labels = training_labels(pair.gold, shape, min_radius_vox=MIN_RADIUS_VOX, untraced=untraced)
     volume = TrainingVolume.prepare(row["name"], pair.volume.voxels, labels, processor)
     return replace(volume, shift_vox=pair.shift_vox)
