@@ -132,7 +132,7 @@ def training_step(tool: str, dtype: str) -> tuple[Callable[[], object], int]:
     if tool in OURS:
         processor = ViT3DImageProcessor.from_config(model.config)
         volume, tree = random_neuron(seed=0)
-        labels = training_labels(tree, volume.shape, min_radius_vox=1.5, ignore_vox=0.0)
+        labels = training_labels(tree, volume.shape, min_radius_vox=1.5)
         neuron = TrainingVolume.prepare("simulated", volume.voxels, labels, processor)
         crops = CropDataset([neuron], [1.0], processor, 8, 0, model.config)
         batch = default_collate([crops[index] for index in range(8)])

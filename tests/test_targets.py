@@ -63,19 +63,17 @@ def test_a_tree_of_unknown_size_in_voxels_is_refused():
         paint(tube((1, 1, 1), (2, 2, 2), unit="um"), (4, 4, 4))
 
 
-def test_labels_are_neurite_background_and_a_rim_that_is_ignored():
-    straight = tube((16, 16, -20), (16, 16, 60), radii=(2.0, 2.0))
-    labels = training_labels(straight, (32, 32, 40))
+def test_labels_are_neurite_and_background():
+    labels = training_labels(tube((16, 16, -20), (16, 16, 60), radii=(2.0, 2.0)), (32, 32, 40))
     assert labels.dtype == np.int8
-    assert set(np.unique(labels)) == {-100, 0, 1}
-    assert_array_equal(labels[16, 16:22, 20], [1, 1, 1, -100, 0, 0])
-    assert_array_equal(training_labels(straight, (32, 32, 40), ignore_vox=0)[16, 16:20, 20], [1, 1, 1, 0])
+    assert set(np.unique(labels)) == {0, 1}
+    assert_array_equal(labels[16, 16:20, 20], [1, 1, 1, 0])
 
 
 def test_what_a_soma_has_beyond_the_largest_radius_is_ignored():
     soma = NeuronTree([[20.0, 20.0, 20.0]], [10.0], [-1], unit="voxel")
     labels = training_labels(soma, (40, 40, 40), max_radius_vox=2.5)
-    assert_array_equal(labels[20, 20, [20, 22, 23, 30, 31, 32]], [1, 1, -100, -100, -100, 0])
+    assert_array_equal(labels[20, 20, [20, 22, 23, 30, 31, 32]], [1, 1, -100, -100, 0, 0])
 
 
 @pytest.mark.parametrize("unit_is_off_by", [10, 1000])

@@ -344,7 +344,7 @@ def test_a_part_of_a_refined_stack_has_its_grey_levels_and_its_labels(spacing_um
     tree = tree.to("voxel", seen.spacing_um)
     box = (slice(3, 15), slice(20, 80), slice(11, 90))
     part = _part("part", seen, tree, box, processor)
-    whole = training_labels(tree, seen.shape, min_radius_vox=MIN_RADIUS_VOX, ignore_vox=0.0)
+    whole = training_labels(tree, seen.shape, min_radius_vox=MIN_RADIUS_VOX)
     assert seen is not volume
     assert part.statistics == processor.measure(seen.voxels) != processor.measure(seen.voxels[box])
     assert np.array_equal(part.voxels, seen.voxels[box])

@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from .model.intensity_vit3d import DISPLAY_GAMMA
-from .tables import markdown_table
+from .tables import json_lines, markdown_table
 
 METRICS = ("precision", "recall", "f1", "esa", "dsa", "pds")
 _TASK = "image-segmentation"
@@ -107,7 +107,7 @@ class Record:
         names = ("README.md", "scores.json", "metrics.jsonl", "training.json")
         found = {name: folder / name for name in names for folder in reversed(folders) if (folder / name).is_file()}
         pictures = [path for folder in folders for path in sorted(folder.glob("*.png"))]
-        history = [json.loads(line) for line in _text(found.get("metrics.jsonl")).splitlines() if line.strip()]
+        history = json_lines(found.get("metrics.jsonl"))
         scores = _groups(_json(found.get("scores.json"), {}))
         if validation := _validation(history, last=checkpoint.name == "last"):
             scores["validation"] = validation

@@ -17,6 +17,17 @@ def summary(tree) -> dict:
     }
 
 
+def json_lines(path: Path | None) -> list[dict]:
+    """The rows of a file, one in each line, without a last one that a kill cut short; none where there is no file."""
+    rows = []
+    for line in path.read_text().splitlines() if path is not None and path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
 def as_table(rows: list[dict]) -> str:
     """A plain table: names left, numbers right."""
     keys = list(dict.fromkeys(key for row in rows for key in row))

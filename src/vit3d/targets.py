@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import numpy as np
-from scipy import ndimage
 
 from .tree import NeuronTree
 
@@ -47,14 +46,12 @@ def training_labels(
     *,
     min_radius_vox: float = 1.0,
     max_radius_vox: float = 2.5,
-    ignore_vox: float = 1.0,
     untraced: np.ndarray | None = None,
 ) -> np.ndarray:
     """(Z, Y, X) int8: 1 neurite, 0 background, -100 ignored by the loss.
 
-    The neurite has radii between `min_radius_vox` and `max_radius_vox`. Ignored are what a thicker neurite or
-    a soma has beyond (not where `radii_fit` says no), a rim of `ignore_vox` voxels around it all (no gold knows the
-    border that well), and `untraced`, (Z, Y, X) bool: bright structure that no gold covers.
+    The neurite has radii between `min_radius_vox` and `max_radius_vox`. Ignored are what a thicker neurite or a soma
+    has beyond (not where `radii_fit` says no), and `untraced`, (Z, Y, X) bool: bright structure that no gold covers.
     """
     neurite = paint(tree, shape, min_radius_vox=min_radius_vox, max_radius_vox=max_radius_vox)
     widest = _WIDEST_SOMA_VOX if radii_fit(tree, shape) else max_radius_vox
@@ -64,7 +61,7 @@ def training_labels(
         if untraced.shape != tuple(shape):
             raise ValueError(f"`untraced` must have the labels' shape {tuple(shape)}, got {untraced.shape}.")
         labels[untraced] = IGNORED
-    labels[ndimage.binary_dilation(whole, _ball(ignore_vox))] = IGNORED
+    labels[whole] = IGNORED
     labels[neurite] = 1
     return labels
 
@@ -170,9 +167,3 @@ def _x_voxels(spacing_um) -> np.ndarray:
 
 def _inside(voxels: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     return ((voxels >= 0) & (voxels < shape)).all(axis=1)
-
-
-def _ball(radius_vox: float) -> np.ndarray:
-    reach = int(radius_vox)
-    z, y, x = np.ogrid[-reach : reach + 1, -reach : reach + 1, -reach : reach + 1]
-    return z**2 + y**2 + x**2 <= radius_vox**2

@@ -22,7 +22,9 @@ import zarr
 from numcodecs import Zstd
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-Box = tuple[slice, slice, slice]
+from ..formats.lazy_voxels import Box
+from ..formats.ngff import ome_attributes
+
 Index = tuple[int, int, int]  # of a write box, in the grid of boxes
 
 CHUNK = (64, 64, 64)
@@ -75,7 +77,7 @@ def create(out: Path, layout: Layout, manifest: dict) -> "BlockStore":
         if stray.is_dir():
             shutil.rmtree(stray, ignore_errors=True)
     try:
-        group = zarr.create_group(folder, attributes={"ome": _ome(out.stem, layout.spacing_um)})
+        group = zarr.create_group(folder, attributes={"ome": ome_attributes(out.stem, layout.spacing_um, [(1, 1, 1)])})
         _create_array(group, layout)
         for name in ("done", "leases"):
             (folder / _HOME / name).mkdir(parents=True)
@@ -158,7 +160,7 @@ class BlockStore:
         return None if digest == record["sha256"] else "holds other bytes than were written"
 
     def verify(self) -> Iterator[tuple[Index, str | None]]:
-        """(box, its damage or None) for every write box; the array's metadata are put right in passing."""
+        """(box, its damage or None) for every write box."""
         for index in self.layout.indices():
             yield index, self.damage_of(index)
 
@@ -242,22 +244,6 @@ def _chunk(voxels: np.ndarray, shape: tuple[int, int, int]) -> bytes:
 
 def _checked(data: bytes) -> bytes:
     return data + google_crc32c.value(data).to_bytes(4, "little")
-
-
-def _ome(name: str, spacing_um: tuple[float, float, float] | None) -> dict:
-    """OME-Zarr 0.5 metadata of the one level; without a spacing the axes have no unit."""
-    unit = {} if spacing_um is None else {"unit": "micrometer"}
-    scale = {"type": "scale", "scale": list(spacing_um or (1.0, 1.0, 1.0))}
-    return {
-        "version": "0.5",
-        "multiscales": [
-            {
-                "name": name,
-                "axes": [{"name": axis, "type": "space", **unit} for axis in "zyx"],
-                "datasets": [{"path": _ARRAY, "coordinateTransformations": [scale]}],
-            }
-        ],
-    }
 
 
 def _write_file(path: Path, data: bytes) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import zarr
 from zarr.core.sync import sync
 
-from ..blockwise.block_store import Box
+from .lazy_voxels import Box
 
 DECLARATION = ("missing_chunks", "fill")
 

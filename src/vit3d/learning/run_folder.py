@@ -19,6 +19,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from ..model.image_processing_vit3d import ViT3DImageProcessor
+from ..tables import json_lines
 from .training_config import TrainingConfig
 
 # what a resumed run may change: where its files are (what they say is in `neurons` and `validate`), and how often and
@@ -123,13 +124,7 @@ class RunFolder:
 
     def rows(self) -> list[dict]:
         """The lines of `metrics.jsonl`, without one that a kill cut short."""
-        rows = []
-        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
-        return rows
+        return json_lines(self.metrics)
 
     @property
     def newest_state(self) -> Path | None:
