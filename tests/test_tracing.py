@@ -221,6 +221,21 @@ def test_a_gap_is_left_open_when_it_is_longer_than_allowed_and_forest_keeps_both
     np.testing.assert_array_equal(both.points[: len(tree)], tree.points)
 
 
+@pytest.mark.parametrize(
+    "low, high, dtype", [(0, 255, np.uint8), (0, 2, np.uint16), (-7, 300, np.int16), (-1, 5, float)]
+)
+def test_a_mask_is_sure_of_itself_whatever_its_two_values(low, high, dtype):
+    mask = paint(helix(), (24, 48, 72))
+    mask[:, :, 34:38] = False
+    other = np.where(mask, high, low).astype(dtype)
+    (tree, reviews), (same, others) = trace_with_review(Volume(mask)), trace_with_review(Volume(other))
+    np.testing.assert_array_equal(same.points, tree.points)
+    np.testing.assert_array_equal(same.confidence, tree.confidence)
+    assert tree.confidence.max() == 1
+    assert [review.kind for review in reviews] == ["join"]
+    assert others == reviews
+
+
 def test_above_0_all_that_is_neuron_is_sure_of_it_and_gaps_are_joined():
     mask = paint(helix(), (24, 48, 72)).astype(np.uint8) * 255
     mask[:, :, 34:38] = 0

@@ -64,8 +64,10 @@ def find_level(volume: Volume, threshold: float | str | Level = "auto") -> tuple
         return volume, Level(LIKELY, True)
     if threshold == "auto" and seems_labels(volume.voxels):
         warnings.warn(_SEEMS_LABELS, stacklevel=4)
-    volume = smoothed(volume)
-    return volume, Level(intensity_threshold(volume.voxels), False, min(low, 0.0))
+    blurred = smoothed(volume)
+    found = intensity_threshold(blurred.voxels)
+    is_mask = blurred is volume  # then all that lies above is sure
+    return blurred, Level(found, False, found if is_mask else min(low, 0.0))
 
 
 class _Smoothed(LazyVoxels):
