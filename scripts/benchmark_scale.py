@@ -34,8 +34,8 @@ from vit3d.blockwise.memory_budget import peak_bytes
 from vit3d.blockwise.out_of_core import RunOptions, segment_store
 from vit3d.checkpoint import load_checkpoint
 from vit3d.model.configuration_vit3d import ViT3DConfig
+from vit3d.model.head_vit3d import HALO
 from vit3d.model.image_processing_vit3d import ViT3DImageProcessor
-from vit3d.model.modeling_vit3d import HALO
 from vit3d.simulate import simulate_neuron
 from vit3d.tables import fill_card, markdown_table
 from vit3d.volume import open_volume

@@ -12,9 +12,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 
 from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation, ViT3DImageProcessor, ViT3DModel
 from vit3d.model import modeling_vit3d, packing_vit3d
+from vit3d.model.head_vit3d import BACKGROUND_LOGIT, HALO
 from vit3d.model.modeling_vit3d import (
-    BACKGROUND_LOGIT,
-    HALO,
     segmentation_loss,
 )
 from vit3d.model.packing_vit3d import from_patches, pack_tokens, to_patches

@@ -22,7 +22,7 @@ from vit3d.blockwise.leases import Leases
 from vit3d.centerlines.prominence import light_of_its_own, most_prominent_part
 from vit3d.cli import main
 from vit3d.formats.lazy_voxels import ChangedVoxels, LazyVoxels
-from vit3d.model.modeling_vit3d import HALO
+from vit3d.model.head_vit3d import HALO
 from vit3d.reconstruction import (
     find_stacks,
     fits_in_memory,

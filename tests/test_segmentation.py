@@ -16,8 +16,8 @@ from torch.nn import functional
 from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation, ViT3DImageProcessor, Volume, segment
 from vit3d.model.blocks_vit3d import Block
 from vit3d.model.canvas_vit3d import Canvas, Job
+from vit3d.model.head_vit3d import HALO
 from vit3d.model.inference_vit3d import FAINT, batches, predict, window_plan
-from vit3d.model.modeling_vit3d import HALO
 
 SHAPES = [(19, 40, 53), (8, 16, 24), (9, 17, 25), (3, 5, 7), (1, 40, 30), (30, 10, 24)]
 

@@ -13,10 +13,10 @@ import torch
 from ..model.blocks_vit3d import Block
 from ..model.canvas_vit3d import TURNED_TO_FEATURES, Job
 from ..model.ground_vit3d import CELL
+from ..model.head_vit3d import HALO
 from ..model.image_processing_vit3d import ViT3DImageProcessor
 from ..model.inference_vit3d import TOKENS_PER_BATCH, TOKENS_PER_GROUP, predict_box, window_plan
 from ..model.intensity_vit3d import IntensityStatistics
-from ..model.modeling_vit3d import HALO
 from ..volume import Volume
 from .block_store import CHUNK, Layout
 from .selection import KEPT_BYTES

@@ -22,10 +22,10 @@ from tqdm import tqdm
 from ..formats.lazy_voxels import give_back_freed
 from ..model.blocks_vit3d import Block
 from ..model.canvas_vit3d import Job
+from ..model.head_vit3d import HALO
 from ..model.image_processing_vit3d import ViT3DImageProcessor
 from ..model.inference_vit3d import batches, occupied_windows, predict_box, window_plan, windows_of
 from ..model.intensity_vit3d import IntensityStatistics
-from ..model.modeling_vit3d import HALO
 from ..volume import Volume
 from .block_store import BlockStore, Box, Index, create, partial_path
 from .leases import EXPIRY_S, Leases

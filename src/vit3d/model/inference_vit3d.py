@@ -17,9 +17,9 @@ import torch
 
 from .blocks_vit3d import Block, BlockPlan, Box
 from .canvas_vit3d import Canvas, Job
+from .head_vit3d import HALO
 from .image_processing_vit3d import ViT3DImageProcessor
 from .intensity_vit3d import IntensityStatistics
-from .modeling_vit3d import HALO
 
 TOKENS_PER_BATCH = 4096  # class tokens among them, of which a window has one
 TOKENS_PER_GROUP = 4 * TOKENS_PER_BATCH  # so many are computed before what no deeper window adds to is painted
