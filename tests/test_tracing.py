@@ -15,6 +15,7 @@ from vit3d.centerlines.level import find_level, intensity_threshold, smoothed
 from vit3d.centerlines.prominence import light_of_its_own, most_prominent_part
 from vit3d.formats.lazy_voxels import LazyVoxels
 from vit3d.model.intensity_vit3d import IntensityStatistics
+from vit3d.reconstruction import masked
 from vit3d.targets import paint
 from vit3d.tracing import trace, trace_with_review
 from vit3d.tree import SOMA, NeuronTree
@@ -234,6 +235,18 @@ def test_a_mask_is_sure_of_itself_whatever_its_two_values(low, high, dtype):
     assert tree.confidence.max() == 1
     assert [review.kind for review in reviews] == ["join"]
     assert others == reviews
+
+
+@pytest.mark.parametrize(
+    "low, high, dtype", [(-128, 127, np.int8), (-1, 0, np.int16), (0, 255, np.uint8), (3, 9, float)]
+)
+def test_what_a_mask_blanks_of_a_stack_of_two_values_is_ground(low, high, dtype):
+    voxels = np.where(paint(helix(), (24, 48, 72)), high, low).astype(dtype)
+    inside = np.ones(voxels.shape, bool)
+    inside[:, :, 50:] = False
+    blurred, level = find_level(Volume(voxels))
+    blanked = find_foreground(masked(blurred, inside, level.dark), level)
+    assert len(blanked) == np.count_nonzero((voxels == high) & inside)
 
 
 def test_above_0_all_that_is_neuron_is_sure_of_it_and_gaps_are_joined():
@@ -635,10 +648,11 @@ def test_a_volume_that_is_all_foreground_is_refused_with_the_fraction(value):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_nan_and_infinity_are_refused(bad):
-    voxels = np.zeros((4, 5, 6))
-    voxels[1, 2, 3] = bad
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        trace(Volume(voxels))
+    voxels = np.zeros((60, 80, 100))
+    voxels[58, 2, 3] = bad  # not in the part that is looked at first
+    for given in (voxels, Counted(voxels)):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            trace(Volume(given))
 
 
 @pytest.mark.parametrize("root", [(-1, 0, 0), (0, 0, 100), (np.nan, 0, 0)])

@@ -35,12 +35,15 @@ class Level:
     threshold: float
     is_probability: bool
     dark: float = 0.0  # intensities count from here: below 0 where a stack goes there
+    is_mask: bool = False  # of two values: all that lies above is sure
 
     def probability(self, values: np.ndarray) -> np.ndarray:
         """float32 in [0, 1]: the value itself, or i / (i + threshold) of an intensity i."""
         values = np.asarray(values, np.float32)
         if self.is_probability:
             return values
+        if self.is_mask:
+            return (values > self.threshold).astype(np.float32)
         values = np.maximum(values - np.float32(self.dark), 0)
         half = max(np.float32(self.threshold - self.dark), np.finfo(np.float32).tiny)  # above nothing all are sure
         return values / (values + half)
@@ -66,8 +69,7 @@ def find_level(volume: Volume, threshold: float | str | Level = "auto") -> tuple
         warnings.warn(_SEEMS_LABELS, stacklevel=4)
     blurred = smoothed(volume)
     found = intensity_threshold(blurred.voxels)
-    is_mask = blurred is volume  # then all that lies above is sure
-    return blurred, Level(found, False, found if is_mask else min(low, 0.0))
+    return blurred, Level(found, False, min(low, 0.0), is_mask=blurred is volume)
 
 
 class _Smoothed(LazyVoxels):
@@ -158,7 +160,7 @@ def _survey(voxels) -> tuple[float, float, bool]:
     low, high, sure, seen = np.inf, -np.inf, 0, 0
     for _, part in slabs(voxels):
         low, high = min(low, float(part.min())), max(high, float(part.max()))
-        if not np.isfinite(low + high):
+        if not np.isfinite(float(part.min()) + float(part.max())):
             raise ValueError("The volume holds NaN or infinite voxels: replace them before tracing.")
         if high > _SEEN and voxels.dtype.kind == "f":
             seen += np.count_nonzero(part > _SEEN)
