@@ -108,12 +108,15 @@ def test_slices_of_several_channels_times_or_neurons_are_no_stack(tmp_path, name
         open_volume(folder)
 
 
+HASHES = ["a1f3", "bcde", "0f1e", "77aa", "c0de", "1a2b3c", "f00d", "abcd", "9", "e5e5", "dead", "4b4b"]
 ORDINARY = {
     "a time behind the number": lambda z: f"z{z}_at{z * 7 % 5}s.tif",
     "a time before the number": lambda z: f"2021-03-01_12-{z // 5:02d}-{z * 12 % 60:02d}_z{z:03d}.tif",
     "depth in um": lambda z: f"scan_z{z * 0.3:.2f}um.tif",
     "depth and number": lambda z: f"pos_{z * 0.3:.1f}_{z}.tif",
     "letters": lambda z: f"slice{'abcdefghijkl'[z]}.tif",
+    "a hash": lambda z: f"z{z:03d}_{HASHES[z]}.tif",
+    "one redone twice": lambda z: f"z{z:02d}{'_redo2' if z == 2 else ''}.tif",
     "one redone": lambda z: f"z{z:02d}{'_redo' if z == 2 else ''}.tif",
 }
 

@@ -85,24 +85,19 @@ def _images(folder: Path) -> list[Path]:
 def _check_numbers(files: list[Path]) -> None:
     """ValueError where the slices' names show that they are no stack.
 
-    A projection lies among them, or another image, in whose name are more or fewer numbers; all numbers in which they
-    differ repeat, as those of slices of several channels, times or neurons do; or they differ in one number, and that
-    leaves a gap.
+    A projection lies among them, or another image, which lacks the number that the others have; all numbers in which
+    they differ repeat, as those of slices of several channels, times or neurons do; or they differ in one number, and
+    that leaves a gap.
     """
     projected = [file for file in files if file.name.startswith(_PROJECTIONS)]
     if 0 < len(projected) < len(files):
         raise _several(projected[0], next(file for file in files if file not in projected))
     names = [re.split(r"(\d+(?:\.\d+)?)", file.stem) for file in files]
-    count = Counter(len(words) for words in names)
-    if len(count) > 1:
-        usual = count.most_common(1)[0][0]
-        odd, other = (
-            next(file for file, n in zip(files, names, strict=True) if (len(n) == usual) == is_usual)
-            for is_usual in (False, True)
-        )
-        raise _several(odd, other)
-    fields = [[float(number) for number in column] for column in list(zip(*names, strict=True))[1::2]]
-    fields = [numbers for numbers in fields if len(set(numbers)) > 1]
+    numbers = [[float(number) for number in words[1::2]] for words in names]
+    fields = [list(field) for field in zip(*numbers) if len(set(field)) > 1]  # noqa: B905 (those that all have)
+    counts = [len(found) for found in numbers]
+    if not fields and min(counts) < max(counts):
+        raise _several(files[counts.index(min(counts))], files[counts.index(max(counts))])
     if fields and all(len(set(numbers)) < len(numbers) for numbers in fields):
         numbers = max(fields, key=lambda numbers: len(set(numbers)))  # that of the slice
         again = next(at for at in range(1, len(files)) if numbers[at] in numbers[:at])
