@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from vit3d.arguments import root_of
+from vit3d.arguments import launched, root_of
 from vit3d.cli import main
 from vit3d.tree import NeuronTree, read_swc, write_swc
 from vit3d.volume import Volume, read_volume, write_volume
@@ -386,6 +386,32 @@ def test_no_file_of_other_people_is_replaced_under_a_name_that_they_did_not_give
         assert (demo / name).read_text() == "mine"
         (demo / name).unlink()
     assert files(tmp_path) == {"a.tif", "b_1.swc", "demo"}
+    assert vit3d("trace", path, tmp_path / "a.swc")[0] == 0
+    (tmp_path / "a.png").write_text("mine")  # beside a tree of ours, but none of it
+    assert_refused(vit3d("reconstruct", path, "--out", tmp_path, *model), "a.png is no result")
+
+
+def test_what_this_tool_wrote_is_replaced_whichever_command_did(vit3d, tmp_path, checkpoint):
+    path, model = written(tmp_path / "a.tif"), ("--model", checkpoint)
+    assert vit3d("segment", path, tmp_path / "a_probability.tif", *model)[0] == 0
+    command = ("reconstruct", path, "--out", tmp_path, *model)
+    assert vit3d(*command)[0] == 0
+    said = vit3d(*command, "--out-of-core")[2]
+    assert "not of this one: a_probability.tif" in said
+    (tmp_path / "a_probability.tif").unlink()
+    assert "not of this one: a_probability.zarr" in vit3d(*command)[2]
+    review = tmp_path / "a_review.csv"
+    review.write_text(review.read_text(), encoding="utf-8-sig")  # as Excel saves it
+    assert vit3d(*command)[0] == 0
+
+
+def test_of_two_stacks_one_called_as_a_tree_of_the_other_none_loses_its_tree(vit3d, tmp_path, checkpoint):
+    voxels = np.zeros((8, 40, 100), np.uint8)
+    voxels[3:5, 8:11, 5:95] = 200
+    for name in ("o", "o_1"):
+        written(tmp_path / f"{name}.tif", voxels)
+        assert vit3d("trace", tmp_path / f"{name}.tif", tmp_path / f"{name}.swc")[0] == 0
+    assert_refused(vit3d("trace", tmp_path / "o.tif", tmp_path / "o.swc", "--forest"), "o_1.swc is no result")
 
 
 def test_results_are_replaced_by_those_of_the_next_run_and_what_stays_of_an_earlier_one_is_told(vit3d, tmp_path):
@@ -415,6 +441,25 @@ def test_what_is_wrong_with_the_options_is_said_before_the_network_is_loaded(vit
     assert_refused(vit3d("trace", path, tmp_path / "a.swc", "--step-um", "0"), "`step_um` must be a length > 0, got 0")
 
 
+def test_a_folder_that_is_read_only_is_refused_before_the_work(vit3d, tmp_path, monkeypatch):
+    path = written(tmp_path / "a.tif")
+    monkeypatch.setattr("os.access", lambda place, mode: place != tmp_path)  # as root everything may be written
+    command = ("reconstruct", path, "--out", tmp_path / "o", "--model", tmp_path / "no checkpoint")
+    assert_refused(vit3d(*command), "Nothing can be written to .*: it is read-only for you")
+
+
+@pytest.mark.parametrize("environment, expected", [
+    ({}, (0, 1)),
+    ({"RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),
+    ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4"}, (3, 4)),  # srun
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (0, 1)),  # a line of a batch script
+    ({"WORLD_SIZE": ""}, (0, 1)),
+])  # fmt: skip
+def test_how_many_processes_there_are_is_told_by_who_started_them(environment, expected):
+    found = launched(environment)
+    assert (found["rank"], found["ranks"]) == expected
+
+
 def test_a_store_without_its_empty_chunks_is_read_where_that_is_said(vit3d, tmp_path, checkpoint):
     import zarr
 
@@ -428,6 +473,7 @@ def test_a_store_without_its_empty_chunks_is_read_where_that_is_said(vit3d, tmp_
     ):
         assert_refused(vit3d(*command), "has lost the chunk .*--missing-as-fill")
         assert vit3d(*command, *said)[0] == 0
+        assert vit3d(*command, "--mask", tmp_path / "a.zarr", *said)[0] == 0
 
 
 def test_voxels_of_a_thousandth_of_a_micrometre_are_questioned(vit3d, tmp_path):

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from vit3d.cli import main
+from vit3d.reconstruction import find_stacks
 from vit3d.simulate import simulate_neuron
 from vit3d.tree import NeuronTree, read_swc, write_swc
-from vit3d.volume import Volume, read_volume, write_volume
+from vit3d.volume import Volume, read_volume, stack_name, write_volume
 
 SPACING = (1.0, 0.5, 0.5)
 SWC_DEFECTS = Path(__file__).parent / "data" / "swc"
@@ -167,6 +168,16 @@ def test_an_ome_tiff_has_the_name_of_its_tree(vit3d, tmp_path):
     voxels = np.zeros((6, 12, 40), np.uint8)
     voxels[4, 10, 4:64] = 200
     write_volume(Volume(voxels, SPACING), tmp_path / "gold" / "a.ome.tif")
+    assert list(find_stacks(tmp_path / "gold")) == ["a"]
+    assert [stack_name(name) for name in (".tif", ".zarr", "b.c.TIF.v3dpbd", "d.v2")] == [
+        ".tif",
+        ".zarr",
+        "b.c",
+        "d.v2",
+    ]
+    write_volume(Volume(voxels, SPACING), tmp_path / "gold" / "a.tif")
+    assert list(find_stacks(tmp_path / "gold")) == ["a.ome.tif", "a.tif"]
+    (tmp_path / "gold" / "a.tif").unlink()
     command = ("score", tmp_path / "found", tmp_path / "gold", "--json", "--image", tmp_path / "gold")
     assert [row["name"].split()[0] for row in json.loads(vit3d(*command)[1])] == ["a", "a", "mean", "mean"]
 
@@ -181,6 +192,11 @@ def test_one_pair_that_cannot_be_scored_does_not_hide_the_others(vit3d, tmp_path
     assert status == 2
     assert [row.split()[0] for row in printed.splitlines()] == ["name", "a", "mean"]
     assert "vit3d: b failed: the gold tree has no nodes" in said
+    write_swc(NeuronTree.empty(spacing_um=SPACING), tmp_path / "gold" / "a.swc")
+    status, printed, said = vit3d("score", tmp_path / "found", tmp_path / "gold", "--json")
+    assert (status, printed) == (2, "")
+    assert "vit3d: a failed: the gold tree has no nodes" in said
+    assert_refused(vit3d("score", tmp_path / "found", tmp_path / "gold", "--spacing", "x"), "--spacing")
 
 
 def test_folders_that_share_no_name_are_refused(vit3d, tmp_path):

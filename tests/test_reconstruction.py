@@ -614,6 +614,7 @@ def test_inverting_keeps_every_difference_and_makes_the_brightest_0(dtype):
         assert isinstance(dark.voxels, LazyVoxels) == (given is on_disk)
         turned = np.asarray(dark.voxels)
         assert turned.min() == 0
+        assert turned.dtype == dark.voxels.dtype
         assert turned.dtype.itemsize == voxels.dtype.itemsize
         assert dark.spacing_um == SPACING
         np.testing.assert_array_equal(turned.astype(float), float(voxels.max()) - voxels)
@@ -621,7 +622,10 @@ def test_inverting_keeps_every_difference_and_makes_the_brightest_0(dtype):
 
 def test_inverting_the_whole_range_of_a_signed_type_wraps_nowhere():
     voxels = np.array([-32768, 0, 32767], np.int16).reshape(1, 1, 3)
-    assert inverted(Volume(voxels)).voxels.ravel().tolist() == [65535, 32767, 0]
+    for given in (voxels, ChangedVoxels(voxels, lambda part, _: part)):
+        dark = inverted(Volume(given)).voxels
+        assert dark.dtype == np.uint16
+        assert np.asarray(dark).ravel().tolist() == [65535, 32767, 0]
 
 
 def test_what_was_never_imaged_is_no_neurite_when_a_stack_is_inverted():

@@ -68,6 +68,10 @@ def test_back_on_its_own_grid_a_smooth_stack_is_itself():
     assert (again.shape, again.spacing_um) == (volume.shape, volume.spacing_um)
     assert_allclose(again.voxels, volume.voxels, atol=0.03)
     assert on_grid_of(volume, volume) is volume
+    rounded = Volume(volume.voxels, tuple(float(f"{step * (1 + 1e-10):.9g}") for step in volume.spacing_um))
+    assert on_grid_of(rounded, volume) is rounded
+    coarser = Volume(volume.voxels, tuple(1.001 * step for step in volume.spacing_um))
+    assert on_grid_of(coarser, volume) is not coarser
 
 
 def test_only_what_is_coarser_than_the_training_gets_finer_voxels():

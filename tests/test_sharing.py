@@ -26,6 +26,7 @@ from vit3d.cli import main
 from vit3d.learning.training_data import neuron_facts
 from vit3d.model_card import Record, card_of, check_card
 from vit3d.sharing import _described, prepare, share, share_dataset
+from vit3d.tables import json_lines
 
 REPO = "lab/our-network"
 CARDS = Path(__file__).parents[1] / "model_cards"
@@ -378,6 +379,16 @@ def test_a_data_set_is_shared_as_checksums_and_nothing_of_it_is_sent(pairs, hub,
     assert "license: cc-by-4.0" in card
     assert str(pairs.parent) not in files["metadata.jsonl"].decode() + card
     assert "same to the last byte" in capsys.readouterr().out
+
+
+def test_of_a_history_a_last_line_cut_short_is_passed_over_and_another_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n\n{"step": 2}\n{"step": 3, "lo')
+    assert json_lines(path) == [{"step": 1}, {"step": 2}]
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is no JSON"):
+        json_lines(path)
+    assert json_lines(tmp_path / "none.jsonl") == json_lines(None) == []
 
 
 def test_of_a_zarr_stack_bytes_and_checksum_are_those_of_all_its_files(pairs):

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from .tree import UNITS, NeuronTree, read_swc
-from .volume import SUFFIXES, Volume, is_stack, loaded, open_volume, read_volume, stack_name
+from .volume import SUFFIXES, Volume, is_stack, loaded, named_stacks, open_volume, read_volume, stack_name
 
 SWC_SUFFIXES = (".swc", ".eswc")
 Box = tuple[slice, slice, slice]
@@ -38,13 +38,13 @@ def open_stack(
     spacing: str | None,
     channel: int | None,
     level: str | None,
-    fits: Callable[[Volume], bool],
+    stays_on_disk: Callable[[Volume], bool],
     missing_as_fill: bool = False,
 ) -> Volume:
-    """A stack, with the warnings of `read_stack`: in memory where it `fits`, else its voxels stay on disk."""
+    """A stack, with the warnings of `read_stack`, in memory or with its voxels on disk."""
     reading = {"channel": channel, "level": level, "missing_as_fill": missing_as_fill}
     volume = open_volume(path, spacing_um=triple(spacing, "--spacing"), **reading)
-    volume = loaded(volume, path) if fits(volume) else volume
+    volume = volume if stays_on_disk(volume) else loaded(volume, path)
     notice_spacing(path, volume)
     return volume
 
@@ -63,9 +63,9 @@ def notice_spacing(path: Path, volume: Volume) -> None:
         )
 
 
-def open_mask(path: Path | None):
+def open_mask(path: Path | None, missing_as_fill: bool = False):
     """The voxels of a mask, which stay on disk."""
-    return None if path is None else open_volume(path).voxels
+    return None if path is None else open_volume(path, missing_as_fill=missing_as_fill).voxels
 
 
 def read_trees(predicted: Path, gold: Path, predicted_unit, gold_unit, spacing: str | None) -> tuple[NeuronTree, ...]:
@@ -104,7 +104,7 @@ def pairs(predicted: Path, gold: Path) -> list[tuple[str, Path, Path]]:
     What has no partner is named in a warning, so that nobody takes the mean of some for the mean of all.
     """
     if not is_folder(predicted):
-        return [(_name(predicted), predicted, gold)]
+        return [(predicted.stem if is_swc(predicted) else stack_name(predicted), predicted, gold)]
     if not is_folder(gold):
         raise ValueError(f"{predicted} is a folder, {gold} is none; folders are scored against folders.")
     for suffixes in (SWC_SUFFIXES, SUFFIXES):
@@ -118,12 +118,8 @@ def pairs(predicted: Path, gold: Path) -> list[tuple[str, Path, Path]]:
 
 def by_name(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     """The folder's files of these types by their name without suffix; hidden ones are passed over."""
-    files = (path for path in sorted(folder.iterdir()) if path.suffix.lower() in suffixes)
-    return {_name(path): path for path in files if not path.name.startswith(".")}
-
-
-def _name(path: Path) -> str:
-    return path.stem if is_swc(path) else stack_name(path)
+    files = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in suffixes and not p.name.startswith(".")]
+    return {path.stem: path for path in files} if suffixes is SWC_SUFFIXES else named_stacks(files)
 
 
 def stack_named(place: Path | None, name: str) -> Path | None:

@@ -107,18 +107,16 @@ def demo(
     """Simulate a neuron, reconstruct it, score it, draw it."""
     from .checkpoint import load_checkpoint
     from .reconstruction import reconstruct as run
-    from .results import WRITTEN_BESIDE, refuse_foreign
+    from .results import WRITTEN_BESIDE, is_ours, refuse_foreign
     from .scoring import score_trees
     from .simulate import simulate_neuron
-    from .swc import written_here
     from .tree import write_swc
     from .volume import write_volume
 
     stack, tree_file = new_folder(out) / "neuron.tif", out / "truth.swc"
-    if not (tree_file.is_file() and written_here(tree_file)):
-        for path in (stack, tree_file):
-            if path.exists():
-                raise ValueError(f"{path} is no result of an earlier demo and would be lost; choose another --out.")
+    for path in (stack, tree_file):
+        if path.exists() and not is_ours(path):
+            raise ValueError(f"{path} is no result of an earlier demo and would be lost; choose another --out.")
     refuse_foreign(out / "neuron.swc", False, WRITTEN_BESIDE)
     volume, truth = simulate_neuron(seed=seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -177,7 +175,7 @@ def reconstruct(
     out = new_folder(out, source=stack if stack in stacks.values() else None)  # results may lie among several stacks
     for flag, value, parse in (("--spacing", spacing, triple), ("--swc-unit", swc_unit, unit_of)):
         parse(value, flag)  # what is wrong for all stacks is said once, and before the work
-    cut, allowed = threshold_of(threshold, of_probability=True), open_mask(mask)
+    cut, allowed = threshold_of(threshold, of_probability=True), open_mask(mask, missing_as_fill)
     process = {"memory_bytes": bytes_of(memory_budget), **launched(os.environ)}
 
     def on_disk(volume, box=None) -> bool:
@@ -193,10 +191,10 @@ def reconstruct(
     rows, failures = [], []
     for name, path in stacks.items():
         try:
-            refuse_foreign(out / f"{name}.swc", forest, WRITTEN_BESIDE)
-            volume = open_stack(path, spacing, channel, level, lambda v: not on_disk(v), missing_as_fill)
+            volume = open_stack(path, spacing, channel, level, on_disk, missing_as_fill)
             unit = unit_of(swc_unit, "--swc-unit", volume.spacing_um)
             box = box_of(crop, volume.shape)
+            refuse_foreign(out / f"{name}.swc", forest, WRITTEN_BESIDE[: 1 if on_disk(volume, box) else None])
             options = {"processor": processor, "box": box, "mask": allowed, "select": select}
             options |= {"threshold": cut, "max_gap_um": max_gap_um, "forest": forest}
             if on_disk(volume, box):
@@ -369,10 +367,10 @@ def trace(
     out, cut = new_file(out, ".swc", ".eswc", source=probability), threshold_of(threshold, "intensity")
     refuse_foreign(out, forest, is_named=True)
     budget = bytes_of(memory_budget)
-    volume = open_stack(probability, spacing, channel, level, lambda v: fits_in_memory(v, budget), missing_as_fill)
+    volume = open_stack(probability, spacing, channel, level, lambda v: not fits_in_memory(v, budget), missing_as_fill)
     unit, box = unit_of(swc_unit, "--swc-unit", volume.spacing_um), box_of(crop, volume.shape)
     start = root_of(root, box, volume.spacing_um)
-    allowed = open_mask(mask)
+    allowed = open_mask(mask, missing_as_fill)
     if allowed is not None:
         check_mask(allowed, volume)  # before the long part
     volume = inverted(volume) if polarity == "dark" else volume
@@ -389,11 +387,11 @@ def trace(
         forest=forest,
     )
     unit = unit or tree.unit
-    files = dict(swc_files(place(tree, box), make_room(out), forest))
+    reviews = reviews_in(unit, placed_reviews(reviews, tree, box), tree)
+    write_review(reviews, make_room(out).with_name(out.stem + "_review.csv"), unit)
+    files = dict(swc_files(place(tree, box), out, forest))
     for path, part in files.items():
         write_swc(part, path, unit=unit)
-    reviews = reviews_in(unit, placed_reviews(reviews, tree, box), tree)
-    write_review(reviews, out.with_name(out.stem + "_review.csv"), unit)
     tell_of_earlier(out, {path.name for path in files})
     typer.echo(as_table([{"name": out.stem, **summary(tree), "review": len(reviews)}]))
 
@@ -420,6 +418,8 @@ def score(
     from .scoring import score_masks
 
     in_folders, groups, failures = is_folder(predicted), [], []
+    # what is wrong for all pairs is said once
+    unit_of(predicted_unit, "--predicted-unit"), unit_of(gold_unit, "--gold-unit"), triple(spacing, "--spacing")
     if in_folders and not all(place is None or place.is_dir() for place in (image, plot)):
         raise ValueError("Folders are scored with a folder for --image and one that exists for --plot.")
     if plot is not None and not in_folders:
@@ -440,13 +440,15 @@ def score(
                 raise
             failures.append(f"{name} failed: {sentence(error)}")
     rows = [row for group in groups for row in group] + (means(groups) if in_folders and groups else [])
-    if as_json:
-        typer.echo(as_json_text(rows))
-    elif rows:
-        keys = ["name", *(MAIN_SCORES if "f1" in rows[0] else [key for key in rows[0] if key != "name"])]
-        extra = [key for key in ("precision_of_traced", "corrections_per_mm") if any(key in row for row in rows)]
-        typer.echo(as_table([{key: row.get(key, "") for key in keys + extra} for row in rows]))
+    if rows:
+        typer.echo(as_json_text(rows) if as_json else _score_table(rows))
     _refuse(failures)
+
+
+def _score_table(rows: list[dict]) -> str:
+    keys = ["name", *(MAIN_SCORES if "f1" in rows[0] else [key for key in rows[0] if key != "name"])]
+    extra = [key for key in ("precision_of_traced", "corrections_per_mm") if any(key in row for row in rows)]
+    return as_table([{key: row.get(key, "") for key in keys + extra} for row in rows])
 
 
 def _scored(name: str, predicted, gold, threshold: float, image, spacing, picture: Path | None) -> list[dict]:

@@ -19,6 +19,7 @@ from matplotlib.lines import Line2D
 from scipy.spatial import cKDTree
 
 from vit3d.formats.lazy_voxels import projection
+from vit3d.formats.tiff import SOFTWARE
 from vit3d.tree import NeuronTree
 from vit3d.volume import Volume
 
@@ -244,7 +245,7 @@ def _save(figure: Figure, path: str | Path) -> None:
         raise ValueError(f"Pictures are written as PNG: the name must end in .png, got {path}.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format="png", metadata={"Software": SOFTWARE})
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

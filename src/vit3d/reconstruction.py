@@ -16,7 +16,7 @@ from .regridding import as_trained, on_grid_of
 from .results import WRITTEN_BESIDE, refuse_foreign, swc_files, tell_of_earlier, write_review
 from .tracing import MIN_VOXELS, Review, check_lengths, trace_with_review
 from .tree import NeuronTree, write_swc
-from .volume import SUFFIXES, Volume, is_stack, is_url, open_volume, stack_name, write_volume
+from .volume import SUFFIXES, Volume, is_stack, is_url, named_stacks, open_volume, stack_name, write_volume
 
 Box = tuple[slice, slice, slice]
 
@@ -44,7 +44,7 @@ class Reconstruction:
         from .plot import plot_reconstruction
 
         swc, on_disk = out / f"{name}.swc", isinstance(self.probability.voxels, LazyVoxels)
-        refuse_foreign(swc, forest, WRITTEN_BESIDE)
+        refuse_foreign(swc, forest, WRITTEN_BESIDE[: 1 if on_disk else None])
         out.mkdir(parents=True, exist_ok=True)
         unit = swc_unit or self.tree.unit
         with TemporaryDirectory(prefix=f".{name}.", suffix=".partial", dir=out) as folder:
@@ -61,7 +61,7 @@ class Reconstruction:
             written = sorted(whole.iterdir(), key=lambda path: order.index(path.suffix))
             for path in written:
                 os.replace(path, out / path.name)
-        tell_of_earlier(swc, {path.name for path in written}, ("_probability.tif",) if on_disk else ())
+        tell_of_earlier(swc, {path.name for path in written}, ("_probability.tif" if on_disk else "_probability.zarr",))
 
 
 def reconstruct(
@@ -87,7 +87,7 @@ def reconstruct(
     from .model.image_processing_vit3d import ViT3DImageProcessor
     from .segmentation import segment  # torch is loaded only here: tracing a mask needs none
 
-    check_lengths(max_gap_um=tracing.get("max_gap_um"))  # before the long part
+    _check_tracing(tracing)  # before the long part
     if mask is not None:
         check_mask(mask, volume)
     processor = processor or ViT3DImageProcessor.from_config(model.config)
@@ -128,7 +128,7 @@ def reconstruct_on_disk(
     from .formats.pyramid import build_pyramid, has_pyramid
     from .model.image_processing_vit3d import ViT3DImageProcessor
 
-    check_lengths(max_gap_um=tracing.get("max_gap_um"))
+    _check_tracing(tracing)
     if mask is not None:
         check_mask(mask, volume)
     processor = processor or ViT3DImageProcessor.from_config(model.config)
@@ -158,6 +158,10 @@ def fits_in_memory(volume: Volume, memory_bytes: float, box: Box | None = None, 
     seen = as_trained(part, config)
     num_voxels = math.prod(seen.shape) + (0 if seen is part else math.prod(part.shape))
     return num_voxels * (volume.voxels.dtype.itemsize + _BYTES_BESIDE) + _BYTES_ANYWAY <= memory_bytes
+
+
+def _check_tracing(tracing: dict) -> None:
+    check_lengths(**{name: length for name, length in tracing.items() if name.endswith("_um")})
 
 
 def device_of(device: str, local_rank: int) -> str:
@@ -280,8 +284,7 @@ def find_stacks(path: Path) -> dict[str, Path]:
     stacks = [p for p in files if not stack_name(p).endswith("_probability")]
     if not stacks:
         raise FileNotFoundError(f"{path} holds no stack; {', '.join(SUFFIXES)} are read.")
-    names = [stack_name(p) for p in stacks]
-    return {name if names.count(name) == 1 else p.name: p for name, p in zip(names, stacks, strict=True)}
+    return named_stacks(stacks)
 
 
 def check_mask(mask, volume: Volume) -> None:

@@ -1,12 +1,18 @@
 """The files that come of a stack: which they are, whose they are, and how they are written."""
 
+import codecs
 import csv
 import os
 import re
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import tifffile
+from PIL import Image
+
+from .formats.tiff import SOFTWARE
 from .swc import written_here
 from .tracing import Review
 from .tree import NeuronTree
@@ -21,24 +27,39 @@ def refuse_foreign(swc: Path, forest: bool, beside: tuple[str, ...] = (), *, is_
     swc: the tree, by whose name the others are called. beside: endings of what is written with it and the list of
     places to review. is_named: somebody asked for a file of this very name, and may have it replaced.
     """
-    review = _review_of(swc)
-    has_results = review.is_file() and _starts(review, _REVIEW_STARTS)
-    trees = [path for path in _trees(swc) if (path.stem != swc.stem) == forest and not (is_named and path == swc)]
-    others = [path for path in (review, *(swc.with_name(swc.stem + end) for end in beside)) if path.exists()]
-    foreign = [path for path in trees if not (has_results and written_here(path))] + others * (not has_results)
-    if foreign:
+    trees = [path for path in _trees(swc) if (path != swc) == forest and not (is_named and path == swc)]
+    has_results = _review_of(swc).is_file() and is_ours(_review_of(swc))
+    foreign = [path for path in trees if not has_results or _has_stack_of_its_own(path, swc) or not is_ours(path)]
+    others = [_review_of(swc), *(swc.with_name(swc.stem + end) for end in beside)]
+    for path in foreign + [path for path in others if path.exists() and not is_ours(path)]:
         raise ValueError(
-            f"{foreign[0]} is no result of an earlier run and would be lost; choose another place for what is written."
+            f"{path} is no result of an earlier run and would be lost; choose another place for what is written."
         )
 
 
 def tell_of_earlier(swc: Path, written: set[str], beside: tuple[str, ...] = ()) -> None:
     """A warning where results of an earlier run stay among the new ones, whose names are `written`."""
-    trees = [path for path in _trees(swc) if path == swc or not _review_of(path).is_file()]  # not of NAME_1.tif
-    stale = [path.name for path in trees if path.name not in written and written_here(path)]
-    stale += [swc.stem + end for end in beside if swc.with_name(swc.stem + end).is_file()]
+    trees = [path for path in _trees(swc) if path.name not in written and not _has_stack_of_its_own(path, swc)]
+    stale = [path.name for path in trees if is_ours(path)]
+    stale += [swc.stem + end for end in beside if swc.with_name(swc.stem + end).exists()]
     if stale:
         warnings.warn(f"Left by an earlier run, and not of this one: {', '.join(stale)}.", stacklevel=3)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether this package wrote an SWC, a list of places to review, a picture or a TIFF, as the file itself says."""
+    if path.suffix == ".png":
+        with suppress(OSError), Image.open(path) as image:
+            return image.info.get("Software") == SOFTWARE
+        return False
+    if path.suffix in (".tif", ".tiff"):
+        with suppress(OSError, ValueError), tifffile.TiffFile(path) as tiff:
+            return tiff.pages.first.software == SOFTWARE
+        return False
+    if path.suffix == ".csv":
+        with path.open("rb") as file:
+            return file.read(20).removeprefix(codecs.BOM_UTF8).startswith(_REVIEW_STARTS)
+    return written_here(path)
 
 
 def _trees(swc: Path) -> list[Path]:
@@ -47,9 +68,12 @@ def _trees(swc: Path) -> list[Path]:
     return sorted(path for path in swc.parent.glob(f"*{swc.suffix}") if name.fullmatch(path.stem))
 
 
-def _starts(path: Path, with_bytes: bytes) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(with_bytes)) == with_bytes
+def _has_stack_of_its_own(path: Path, swc: Path) -> bool:
+    """Whether one of `_trees` is another stack's: NAME_1.swc that of NAME_1.tif, or NAME.swc one of its several."""
+    if path != swc:
+        return _review_of(path).is_file()
+    before = re.fullmatch(r"(.+)_\d+", path.stem)
+    return before is not None and path.with_name(f"{before[1]}_review.csv").is_file()
 
 
 def _review_of(swc: Path) -> Path:

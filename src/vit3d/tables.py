@@ -19,12 +19,13 @@ def summary(tree) -> dict:
 
 def json_lines(path: Path | None) -> list[dict]:
     """The rows of a file, one in each line, without a last one that a kill cut short; none where there is no file."""
-    rows = []
-    for line in path.read_text().splitlines() if path is not None and path.exists() else []:
+    rows, lines = [], path.read_text().splitlines() if path is not None and path.exists() else []
+    for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
+            rows += [json.loads(line)] if line.strip() else []
         except ValueError:
-            break
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number} is no JSON.") from None
     return rows
 
 

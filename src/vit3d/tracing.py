@@ -127,9 +127,9 @@ def trace_with_review(  # noqa: PLR0913 (those of `trace`, and one)
 def check_lengths(**lengths_um: float | None) -> None:
     """ValueError: one that is given is no length >= 0, or, of `step_um`, > 0."""
     for name, length in lengths_um.items():
-        least = "> 0" if name == "step_um" else ">= 0"
-        if length is not None and not (math.isfinite(length) and (length > 0 or (length == 0 and least == ">= 0"))):
-            raise ValueError(f"`{name}` must be a length {least}, got {length}.")
+        positive = name == "step_um"
+        if length is not None and not (math.isfinite(length) and (length > 0 if positive else length >= 0)):
+            raise ValueError(f"`{name}` must be a length {'>' if positive else '>='} 0, got {length}.")
 
 
 def _check_root(volume: Volume, root) -> None:

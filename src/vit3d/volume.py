@@ -161,10 +161,16 @@ def write_volume(volume: Volume, path: str | Path) -> None:
 def stack_name(path: str | Path) -> str:
     """A stack's name without the suffixes of its formats: `a.ome.tif`, `a.tif.v3dpbd` -> `a`; `a.extract_5` stays."""
     name = Path(path).name
-    while name.lower().endswith(SUFFIXES) and Path(name).stem:
+    while Path(name).suffix.lower() in SUFFIXES:
         name = Path(name).stem
-        name = name[:-4] if name.lower().endswith(".ome") else name
+        name = name[:-4] if name.lower().endswith(".ome") and len(name) > 4 else name
     return name
+
+
+def named_stacks(paths: list[Path]) -> dict[str, Path]:
+    """Stacks by their names; those that differ only in their suffixes keep them."""
+    names = [stack_name(path) for path in paths]
+    return {name if names.count(name) == 1 else path.name: path for name, path in zip(names, paths, strict=True)}
 
 
 def is_stack(path: str | Path) -> bool:

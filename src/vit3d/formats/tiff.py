@@ -14,6 +14,7 @@ from .axes import SpacingUm, spacing_of, stack_index
 from .lazy_voxels import Box, LazyVoxels, MappedVoxels, check_declared, damage_reported
 
 _LARGEST_IMAGEJ_BYTES = 4_000_000_000  # the offsets in ImageJ's TIFF are 32-bit
+SOFTWARE = "vit3d"  # what files that are written say of themselves
 
 
 class TiffVoxels(LazyVoxels):
@@ -101,7 +102,7 @@ def write_tiff(voxels: np.ndarray, path: Path, spacing_um: SpacingUm | None) -> 
     """A zlib-compressed TIFF, ImageJ's where its depth and size allow, else OME's; there only when whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        tifffile.imwrite(temporary, voxels, compression="zlib", **_tiff_header(voxels, spacing_um))
+        tifffile.imwrite(temporary, voxels, compression="zlib", software=SOFTWARE, **_tiff_header(voxels, spacing_um))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
