@@ -1,7 +1,6 @@
 """`vit3d segment IN OUT.zarr`: from names to a store, and what is wrong with a store. Bad input ends here, at once."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -62,13 +61,13 @@ def _check_apart(source: str, out: Path) -> None:
             )
 
 
-def damage_report(out: Path, progress: Callable = iter) -> list[str]:
+def damage_report(out: Path) -> list[str]:
     """One line per damaged or missing file of a finished (or growing) store; none when it is whole."""
     folder = out if out.exists() else partial_path(out)
     if not folder.exists():
         raise FileNotFoundError(f"{out} does not exist, and neither does {partial_path(out).name}.")
     store = BlockStore(folder)
-    checked = ((index, damage) for index, damage in progress(store.verify()) if damage)
+    checked = ((index, damage) for index, damage in store.verify() if damage)
     lines = [f"{folder / store.file_of(index)} {damage}" for index, damage in checked]
     metadata = store.metadata_damage()
     return lines + ([f"{folder / '0' / 'zarr.json'} {metadata}"] if metadata else [])

@@ -13,12 +13,12 @@ CELL = (4, 16, 16)  # voxels over which the ground is averaged; whole cells make
 _TILE = (16, 64, 128)  # blurred at once: in the cache
 
 
-def blur(voxels: np.ndarray, sigma: tuple[float, float, float] = BLUR_VOX) -> np.ndarray:
-    """Separable Gaussian, truncated at three sigma, borders replicated; float32 out."""
+def blur(voxels: np.ndarray) -> np.ndarray:
+    """Separable Gaussian of `BLUR_VOX`, truncated at three sigma, borders replicated; float32 out."""
     voxels = np.asarray(voxels)
     result = np.empty(voxels.shape, dtype=np.float32)
     for tile in _tiles(voxels.shape):
-        result[tile] = blurred_box(voxels, tile, sigma)
+        result[tile] = blurred_box(voxels, tile)
     return result
 
 
@@ -95,12 +95,12 @@ def boxes_around(cells: np.ndarray, shape: tuple[int, int, int]):
             )
 
 
-def blurred_box(voxels, box: tuple[slice, ...], sigma: tuple[float, float, float] = BLUR_VOX) -> np.ndarray:
+def blurred_box(voxels, box: tuple[slice, ...]) -> np.ndarray:
     """`blur` of the voxels inside a box.
 
     Along every axis flat runs of voxels are added, the border's among them, which is faster than to leave that out.
     """
-    kernels = [_kernel(width) for width in sigma]
+    kernels = [_kernel(width) for width in BLUR_VOX]
     wide = _with_border(voxels, box, [len(kernel) - 1 for kernel in kernels])
     result = wide.reshape(-1)
     pair = np.empty_like(result)
