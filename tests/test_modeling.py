@@ -164,6 +164,7 @@ def test_accelerate_moves_packed_windows_with_the_tokens():
     assert moved.groups[0].rows.shape == windows.groups[0].rows.shape
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_network_takes_any_number_of_groups(monkeypatch):
     """Each would else be one more graph, and torch compiles only some."""

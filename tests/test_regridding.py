@@ -200,6 +200,7 @@ def test_memory_is_that_of_both_grids(coarse):
     assert not fits_in_memory(volume, enough - 1, config=Trained.config)
 
 
+@pytest.mark.slow
 def test_a_slab_reads_no_more_than_it_needs():
     class Counted(LazyVoxels):
         def _fetch(self, box):
