@@ -50,7 +50,7 @@ def join_fragments(
         parents += bridge[:-2]
         _hang(parents, join.tip, bridge[-2])
         bridges.append(np.array(bridge))
-    return _with_routes(forest, routes, parents), bridges
+    return (_with_routes(forest, routes, parents) if bridges else forest), bridges
 
 
 def _hang(parents: list[int], tip: int, target: int) -> None:
@@ -62,7 +62,7 @@ def _hang(parents: list[int], tip: int, target: int) -> None:
 
 def _with_routes(forest: NeuronTree, routes: list[np.ndarray], parents: list[int]) -> NeuronTree:
     """The forest with the nodes of all routes, (N, 5) each, behind its own."""
-    new = np.concatenate([np.empty((0, 5)), *routes])
+    new = np.concatenate(routes)
     return replace(
         forest,
         points=np.concatenate([forest.points, new[:, :3]]),

@@ -62,7 +62,7 @@ def find_level(volume: Volume, threshold: float | str | Level = "auto") -> tuple
     if threshold not in ("auto", "intensity"):
         return volume, Level(float(threshold), is_probability, min(low, 0.0))
     if is_probability:
-        if seems_intensity and threshold == "auto":
+        if seems_intensity:
             warnings.warn(_SEEMS_INTENSITY, stacklevel=4)
         return volume, Level(LIKELY, True)
     if threshold == "auto" and seems_labels(volume.voxels):
