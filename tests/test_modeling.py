@@ -302,6 +302,26 @@ def test_the_whole_network_compiles_into_one_graph(prediction, max_tokens):
         assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
 
 
+def test_a_new_head_begins_with_rare_neurites_whether_it_is_made_or_missing_from_a_checkpoint(tmp_path):
+    config = tiny_config(head_channels=32)
+    made = ViT3DForNeuronSegmentation(config)
+    ViT3DModel(config).save_pretrained(tmp_path)
+    for model in (made, ViT3DForNeuronSegmentation.from_pretrained(tmp_path)):
+        head = model.head
+        assert head.classifier.bias.eq(-3).all()
+        for conv in (head.stem, head.mix):
+            assert conv.weight.std().item() == pytest.approx((2 / conv.weight[0].numel()) ** 0.5, rel=0.1)
+            assert conv.bias.eq(0).all()
+
+
+@torch.no_grad()
+def test_an_exported_network_takes_any_batch():
+    model, batch = tiny_model(), torch.export.Dim("batch", min=2, max=8)
+    exported = torch.export.export(model, (window("volume", 3),), dynamic_shapes={"pixel_values": {0: batch}})
+    inputs = window("volume", 5, seed=3)
+    assert_close(exported.module()(inputs).logits, model(inputs).logits, atol=1e-4, rtol=0)
+
+
 @torch.no_grad()
 def test_a_patch_left_out_is_background_and_the_rest_is_not(prediction):
     model, mask = tiny_model(prediction), grid_mask(prediction, 2, share=0.6)

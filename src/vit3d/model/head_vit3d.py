@@ -13,6 +13,14 @@ BACKGROUND_LOGIT = -10.0  # painted where a patch was left out
 HALO = 2  # voxels that the head's two 3x3x3 convolutions look beyond a patch
 
 
+class ViT3DHeadConvolution(nn.Conv3d):
+    """3 x 3 x 3, with the weights of He et al. 2015 to begin with."""
+
+
+class ViT3DClassifier(nn.Conv3d):
+    """Features -> logits; to begin with, of what is rare."""
+
+
 class ViT3DHead(nn.Module):
     """Every token paints its patch; two small convolutions join that with the raw image.
 
@@ -26,9 +34,9 @@ class ViT3DHead(nn.Module):
         fused = len(config.fused_layers) * config.hidden_size
         self.layernorm = nn.LayerNorm(fused, eps=config.layer_norm_eps)
         self.painter = nn.Linear(fused, channels * math.prod(config.painted_size))
-        self.stem = nn.Conv3d(config.num_channels, channels, kernel_size=3)
-        self.mix = nn.Conv3d(2 * channels, 2 * channels, kernel_size=3)
-        self.classifier = nn.Conv3d(2 * channels, config.num_labels, kernel_size=1)
+        self.stem = ViT3DHeadConvolution(config.num_channels, channels, kernel_size=3)
+        self.mix = ViT3DHeadConvolution(2 * channels, 2 * channels, kernel_size=3)
+        self.classifier = ViT3DClassifier(2 * channels, config.num_labels, kernel_size=1)
 
     def forward(
         self,

@@ -21,7 +21,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_vit3d import ViT3DConfig
-from .head_vit3d import ViT3DHead
+from .head_vit3d import ViT3DClassifier, ViT3DHead, ViT3DHeadConvolution
 from .inflation_vit3d import STRATEGIES, inflate_state
 from .packing_vit3d import PackedWindows, pack_tokens, to_patches
 from .source_vit3d import inflated_config, vit_config, vit_state
@@ -86,7 +86,7 @@ class ViT3DEmbeddings(nn.Module):
             patches = patches.gather(1, indices.unsqueeze(2).expand(-1, -1, patches.shape[2]))
             positions = positions[0][indices]
         tokens = self.patch_embeddings(patches) + positions
-        class_token = (self.cls_token + self.position_embeddings[:, :1]).expand(len(tokens), -1, -1)
+        class_token = (self.cls_token + self.position_embeddings[:, :1]).expand(tokens.shape[0], -1, -1)
         return self.dropout(torch.cat([class_token, tokens], dim=1))
 
 
@@ -239,12 +239,10 @@ class ViT3DPreTrainedModel(PreTrainedModel):
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
             init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
             init.zeros_(module.depth_embeddings)
-        elif isinstance(module, ViT3DPatchEmbeddings):
-            init.trunc_normal_(module.projection.weight, std=self.config.initializer_range)
-        elif isinstance(module, ViT3DHead):
-            for conv in (module.stem, module.mix):
-                init.kaiming_normal_(conv.weight, nonlinearity="relu")
-            init.constant_(module.classifier.bias, -3.0)  # neurites are rare
+        elif isinstance(module, ViT3DHeadConvolution):  # transformers shows only modules with parameters of their own
+            init.kaiming_normal_(module.weight, nonlinearity="relu")
+        elif isinstance(module, ViT3DClassifier):
+            init.constant_(module.bias, -3.0)  # neurites are rare
 
 
 class ViT3DModel(ViT3DPreTrainedModel):
