@@ -263,6 +263,20 @@ def test_the_order_of_the_boxes_changes_no_byte(network, volume, finished, tmp_p
     assert files(tmp_path / "out.zarr") == files(finished)
 
 
+def with_one_other(voxels: np.ndarray) -> np.ndarray:
+    voxels = voxels.copy()
+    voxels[17, 101, 77] ^= 1
+    return voxels
+
+
+def test_a_volume_that_holds_nan_leaves_nothing_that_its_mended_copy_would_go_on_with(network, tmp_path):
+    voxels = neuron().astype(np.float32)
+    voxels[0, 0, 0] = np.nan
+    with pytest.raises(ValueError, match="NaN or infinite voxels; replace them"):
+        segment_store(network, Volume(voxels, None), tmp_path / "out.zarr")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
+
+
 class BreakError(Exception):
     pass
 
@@ -282,7 +296,7 @@ class Breaking:
 
 
 def test_an_interrupted_run_keeps_what_is_done_and_goes_on(network, volume, finished, tmp_path):
-    out, setup = tmp_path / "out.zarr", 27 + 1  # reads before the first box: a sample to know the input by, statistics
+    out, setup = tmp_path / "out.zarr", 1 + 1  # reads before the first box: a sample to know the input by, statistics
     with pytest.raises(BreakError):
         segment_store(network, Volume(Breaking(volume.voxels, setup + 25), volume.spacing_um), out, options=SMALL)
     assert not out.exists()
@@ -319,7 +333,7 @@ def test_no_more_is_read_than_windows_and_their_surroundings(tmp_path):
         shape, dtype = (64, 192, 192), np.dtype(np.uint8)
 
         def __getitem__(self, box):
-            read.append(int(np.prod([b.stop - b.start for b in box])))
+            read.append(voxels[box].size)
             return voxels[box]
 
     voxels, read = np.zeros((64, 192, 192), np.uint8), []
@@ -327,7 +341,7 @@ def test_no_more_is_read_than_windows_and_their_surroundings(tmp_path):
     statistics = replace(measure(voxels), ceiling=0.0)
     options = RunOptions(box=(64, 192, 192))
     segment_store(OneVoxelNetwork(), Volume(Counted()), tmp_path / "out.zarr", statistics=statistics, options=options)
-    assert read.count(voxels.size) == 1  # the scan for what is selected
+    assert read.count(voxels.size) == 2  # to know the input by, and the scan for what is selected
     assert read[-1] < voxels.size / 10
 
 
@@ -382,6 +396,7 @@ def test_a_lost_chunk_of_the_input_is_an_error_unless_it_is_declared(network, tm
     [
         ({"spacing": (1.0, 0.3, 0.4)}, r"spacing_um was \[1.0, 0.3, 0.3\] and is now \[1.0, 0.3, 0.4\]"),
         ({"voxels": lambda v: v + 1}, "input.sample was"),
+        ({"voxels": lambda v: with_one_other(v)}, "input.sample was"),
         ({"voxels": lambda v: v[:-1]}, r"input.shape was \[70, 150, 130\] and is now \[69, 150, 130\]"),
         ({"voxels": lambda v: v.astype(np.uint16)}, "input.dtype was uint8 and is now uint16"),
         ({"model": "other"}, "identity.model was"),

@@ -73,9 +73,12 @@ def measure(voxels, polarity: str = "auto") -> IntensityStatistics:
 
     Many stacks have a cleaned background (median, MAD, even the 99th percentile are 0), so the bright level is
     taken from the voxels that leave the background, and never equals it. Voxels that were never imaged are left out.
+    ValueError: a polarity that there is not, NaN or infinite voxels among those that are looked at.
     """
     check_polarity(polarity)
-    slabs = _sample(voxels)
+    slabs = sampled(voxels)
+    if any(slab.dtype.kind == "f" and not np.isfinite(slab).all() for slab in slabs):
+        raise ValueError("The volume holds NaN or infinite voxels; replace them before use.")
     fill, middle = _fill(slabs)
     # blurred neighbours say the same, and a million voxels all; one in so many, other columns in each row and slice
     thin = 1 + sum(slab.size for slab in slabs) // _MEASURED_VOXELS
@@ -117,7 +120,7 @@ def measure(voxels, polarity: str = "auto") -> IntensityStatistics:
 
 def fill_level(voxels) -> float | None:
     """The level of the voxels of a volume that were never imaged, as `IntensityStatistics.fill`."""
-    return _fill(_sample(voxels))[0]
+    return _fill(sampled(voxels))[0]
 
 
 def check_polarity(polarity: str) -> None:
@@ -264,8 +267,9 @@ def _filled(slab: np.ndarray, fill: float) -> np.ndarray:
     return filled
 
 
-def _sample(voxels) -> list[np.ndarray]:
-    """The whole volume when small, else evenly spaced groups of five slices: the blur sees real neighbours.
+def sampled(voxels) -> list[np.ndarray]:
+    """What statistics are taken from: the whole volume when small, else evenly spaced groups of five slices: the blur
+    sees real neighbours.
 
     Where the slices themselves are large, small boxes spread over the volume: memory must not follow its size.
     """
