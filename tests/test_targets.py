@@ -122,4 +122,21 @@ def test_codes_of_a_partial_annotation_become_labels():
     assert_array_equal(labels_from_codes(codes, {0: 0, 1: 0, 2: 1, 3: 1, 4: -100}), [[[0, 0, 1], [1, -100, 1]]])
     with pytest.raises(ValueError, match=r"the label volume holds the codes \[2, 3, 4\]; known are \[0, 1\]"):
         labels_from_codes(codes, {0: 0, 1: 1})
-    assert_array_equal(labels_from_mask(codes * 100), codes != 0)
+
+
+@pytest.mark.parametrize("low, high", [(0, 255), (0, 1), (1, 2), (0.0, 0.5), (False, True)])
+def test_of_two_values_in_a_mask_the_higher_is_neurite(low, high):
+    inside = np.zeros((4, 5, 6), bool)
+    inside[1, 2:4, 1:5] = True
+    assert_array_equal(labels_from_mask(np.where(inside, high, low)), inside)
+    with pytest.raises(ValueError, match="93% of the stack is neurite; is it inverted"):
+        labels_from_mask(np.where(inside, low, high))
+
+
+def test_ids_on_a_background_of_0_are_a_mask_and_grey_levels_are_none():
+    ids = np.zeros((4, 5, 6), np.uint16)
+    ids[1, 2, 1:4] = (3, 3, 9)
+    assert_array_equal(labels_from_mask(ids), ids > 0)
+    for grey in (ids + 1, ids / 10):
+        with pytest.raises(ValueError, match="a mask holds whole numbers, 0 among them, or two values"):
+            labels_from_mask(grey)

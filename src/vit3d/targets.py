@@ -10,6 +10,7 @@ IGNORED = -100
 TRAILMAP_CODES = {0: IGNORED, 1: 0, 2: 1, 3: 0, 4: IGNORED}  # unlabelled, background, axon, artefact, edge
 _PAIRS_PER_CHUNK = 2_000_000  # (point, voxel) pairs held at once: about 100 MB
 _LARGEST_SHARE = 0.2  # of its stack that a neuron fills by its radii; neurons fill about 0.003
+_MOST_NEURITE = 0.5  # of a stack; a mask of more is one of something else
 _WIDEST_SOMA_VOX = 100.0
 
 
@@ -92,8 +93,20 @@ def labels_from_codes(codes: np.ndarray, meaning: dict[int, int] | None = None) 
 
 
 def labels_from_mask(mask: np.ndarray) -> np.ndarray:
-    """(Z, Y, X) int8: 1 where a mask that is annotated everywhere is not 0."""
-    return (np.asarray(mask) != 0).astype(np.int8)
+    """(Z, Y, X) int8: 1 where a mask that is annotated everywhere is not background, which is 0, or the lower one of two
+    values (ilastik counts from 1).
+
+    ValueError: what is no mask, or one that is mostly neurite.
+    """
+    mask = np.asarray(mask)
+    low = mask.min()
+    ids = low == 0 and (mask.dtype.kind != "f" or not (mask % 1).any())
+    if not ids and not ((mask == low) | (mask == mask.max())).all():
+        raise ValueError(f"a mask holds whole numbers, 0 among them, or two values; this one goes from {low:g} on.")
+    neurite = mask != low
+    if neurite.mean() > _MOST_NEURITE:
+        raise ValueError(f"by this mask {neurite.mean():.0%} of the stack is neurite; is it inverted?")
+    return neurite.astype(np.int8)
 
 
 def in_voxels(tree: NeuronTree) -> NeuronTree:
