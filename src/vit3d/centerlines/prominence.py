@@ -11,6 +11,7 @@ from vit3d.volume import Volume
 
 _SAMPLED = 2000  # nodes of a tree whose light is looked up
 _SOMA = 3.0  # times the median radius: a soma outshines every neurite, and tells nothing
+_WIDER = 1.7  # radii at least from a node to the circle around it
 _POWER = 3  # blurred cells may have fifteen times the cable of the neuron in front of them
 _FAR_MORE = 4  # a part so many times as prominent as its whole tree is the neuron; of one neuron none is
 _EXTENT_POWER = 2.2  # what of its dimmer branches it then keeps
@@ -22,16 +23,18 @@ def light_of_its_own(tree: NeuronTree, volume: Volume, statistics) -> np.ndarray
     """(N,) how much brighter a tree is than what lies around it; 1 as a bright neurite on an empty ground, 0 or more.
 
     What lies out of focus blurs away around it and has little light of its own, however bright it is; so has what is
-    dim. 3 x 3 x 3 voxels above the median of a circle in the plane, four voxels outside the surface, as a share of
-    the contrast that `statistics`, the stack's grey levels, know of. NaN at nodes that were left out, where there are
-    many, in what is as thick as a soma, and where the stack is narrower than the circle.
+    dim. 3 x 3 x 3 voxels above the median of a circle in the plane, four voxels outside the surface and more around
+    what is thick, or most of the circle would lie on the neurite itself; as a share of the contrast that `statistics`,
+    the stack's grey levels, know of. NaN at nodes that were left out, where there are many, in what is as thick as a
+    soma, and where the stack is narrower than the circle.
     """
     step, last = np.array(volume.spacing_um or (1.0, 1.0, 1.0)), np.array(volume.shape) - 1
     light = np.full(len(tree), np.nan)
     thin = np.flatnonzero(tree.radii <= _SOMA * np.median(tree.radii)) if len(tree) else []
     for row in thin[:: 1 + len(thin) // _SAMPLED]:
         z, y, x = np.clip(np.rint(tree.points[row] / step), 0, last).astype(int).tolist()
-        reach = math.ceil(tree.radii[row] / step[2]) + 4
+        radius = tree.radii[row] / step[2]
+        reach = math.ceil(max(radius + 4, _WIDER * radius))
         low = [max(z - 1, 0), max(y - reach, 0), max(x - reach, 0)]
         box = tuple(map(slice, low, (z + 2, y + reach + 1, x + reach + 1)))
         voxels = np.asarray(volume.voxels[box]).astype(np.float64)
