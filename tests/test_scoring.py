@@ -454,3 +454,25 @@ def test_runs_are_in_um_when_the_spacing_is_known_and_outside_is_background():
 def test_a_forest_without_cable_is_refused():
     with pytest.raises(ValueError, match="no cable"):
         score_forest([], np.zeros((2, 2, 2), int))
+
+
+def test_where_a_tree_is_rooted_decides_no_score():
+    """A forest of wriggling neurites against the same with joins, gaps and shifted parts."""
+    rng = np.random.default_rng(3)
+    gold = together(*(path(*np.cumsum(rng.normal((0, 2, 4), 2, (60, 3)), axis=0)) for _ in range(3)))
+    moved = gold.points + np.where(rng.random((len(gold), 1)) < 0.1, 6.0, 0.0)
+    parents = gold.parents.copy()
+    parents[60] = 30  # one wrong join
+    predicted = replace(gold, points=moved, parents=parents)
+    expected = score_trees(predicted, gold)
+    assert expected["corrections"] > 2
+    for row in range(0, 120, 7):
+        rooted = predicted.rerooted([row]).sorted(), gold.rerooted([row]).sorted()
+        for one, other in ((rooted[0], gold), (predicted, rooted[1]), rooted):
+            found = score_trees(one, other)
+            assert {key: found[key] for key in expected} == pytest.approx(expected), row
+
+
+def test_identical_trees_need_no_corrections_even_without_cable():
+    soma = NeuronTree([(0, 5, 5), (0, 5, 7)], [4, 1], [-1, 0], [1, 3], unit="um", spacing_um=SPACING_UM)
+    assert score_trees(soma, soma)["corrections_per_mm"] == 0

@@ -182,7 +182,9 @@ def _corrections(predicted: _Side, gold: _Side, threshold: float) -> dict[str, f
     counts["corrections"] = sum(counts.values())
     if gold.sampled.lengths_um is not None:
         gold_mm = gold.sampled.lengths_um.sum() / 1000
-        counts["corrections_per_mm"] = float(counts["corrections"] / gold_mm) if gold_mm > 0 else np.inf
+        counts["corrections_per_mm"] = (
+            float(counts["corrections"] / gold_mm) if gold_mm > 0 else (np.inf if counts["corrections"] else 0.0)
+        )
     return counts
 
 
@@ -234,11 +236,20 @@ def _all_apart(other: SampledTree, ones: np.ndarray, others: np.ndarray, thresho
 
 
 def _rooted_at_tips(tree: NeuronTree) -> NeuronTree:
-    """Each root moved to the end of the cable furthest from it: every way through a root has a top then."""
+    """Each root moved to an end of its tree's longest path: every way through a root has a top then. To that one of the
+    two that comes first in space, so that where the tree was rooted decides nothing."""
+    ends = np.sort(_furthest(tree))
+    tree = tree.rerooted(ends)
+    both = np.stack([ends, _furthest(tree)])
+    first = [np.lexsort(tree.points[pair].T[::-1])[0] for pair in both.T]
+    return tree.rerooted(both[first, np.arange(len(first))])
+
+
+def _furthest(tree: NeuronTree) -> np.ndarray:
+    """(T,) of each tree the node furthest from its root along the cable, in the order of the roots."""
     root_of = tree.root_of
-    order = np.lexsort((path_lengths(tree), root_of))
-    furthest = order[np.flatnonzero(np.diff(root_of[order], append=len(tree)))]
-    return tree.rerooted(furthest[tree.degree[root_of[furthest]] > 1])
+    order = np.lexsort((np.round(path_lengths(tree), 6), root_of))
+    return order[np.flatnonzero(np.diff(root_of[order], append=len(tree)))]
 
 
 def score_masks(predicted, gold, *, evaluate=None, spacing_um: tuple[float, ...] | None = None) -> dict[str, float]:
@@ -258,8 +269,10 @@ def score_masks(predicted, gold, *, evaluate=None, spacing_um: tuple[float, ...]
     predicted, gold = _mask(predicted, "predicted"), _mask(gold, "gold")
     inside = np.ones(gold.shape, bool) if evaluate is None else _mask(evaluate, "evaluate")
     if not predicted.shape == gold.shape == inside.shape:
-        shapes = f"{predicted.shape}, {gold.shape} and {inside.shape}"
-        raise ValueError(f"masks must have one shape; predicted, gold and evaluate have {shapes}.")
+        names, shapes = "predicted and gold", f"{predicted.shape} and {gold.shape}"
+        if evaluate is not None:
+            names, shapes = "predicted, gold and evaluate", f"{predicted.shape}, {gold.shape} and {inside.shape}"
+        raise ValueError(f"masks must have one shape; {names} have {shapes}.")
     predicted, gold = predicted & inside, gold & inside
     found, wanted, both = int(predicted.sum()), int(gold.sum()), int((predicted & gold).sum())
     if found + wanted == 0:
