@@ -107,7 +107,7 @@ def test_the_volume_of_a_cylinder_and_of_a_cone():
 def test_measure_names_the_unit_and_takes_any_tree():
     row = measure(comb())
     assert (row["nodes"], row["tips"], row["branch_points"], row["length_um"]) == (20, 4, 3, 19)
-    assert measure(NeuronTree.empty("voxel"))["length_vox"] == 0
+    assert measure(NeuronTree.empty("voxel"))["length_unknown_unit"] == 0
     assert measure(NeuronTree([[0, 0, 0]], [1], [-1], unit=None))["length_unknown_unit"] == 0
 
 
@@ -147,3 +147,18 @@ def test_a_lone_node_and_an_empty_tree_resample_to_themselves():
     lone = NeuronTree([[1, 2, 3]], [1], [-1])
     assert_array_equal(resample(lone, 1.0).points, lone.points)
     assert len(resample(NeuronTree.empty(), 1.0)) == 0
+
+
+def test_a_soma_drawn_as_a_contour_counts_as_one_and_no_measure_holds_it():
+    """An outline of four nodes, and one neurite of 14 that leaves its last one; then a second one from its second."""
+    outline = [(0, 0, 0), (0, 4, 0), (0, 4, 4), (0, 0, 4)]
+    neurite = [(0, 0, 4 + x) for x in (2, 9, 16)]
+    tree = NeuronTree([*outline, *neurite], [1, 1, 1, 1, 0.5, 0.5, 0.5], range(-1, 6), [1, 1, 1, 1, 3, 3, 3])
+    found = measure(tree)
+    expected = {"nodes": 7, "tips": 1, "branch_points": 0, "max_branch_order": 0, "strahler": 1}
+    assert {key: found[key] for key in expected} == expected
+    assert found["length_um"] == found["max_path_um"] == 15
+    assert found["mean_radius_um"] == 0.5
+    two = NeuronTree([*tree.points, (0, 6, 0)], [*tree.radii, 0.5], [*tree.parents, 1], [*tree.types, 3])
+    assert measure(two)["strahler"] == 1
+    assert measure(two)["max_branch_order"] == 0

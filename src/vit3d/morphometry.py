@@ -68,8 +68,8 @@ def branches(tree: NeuronTree) -> Branches:
 
 
 def branch_orders(tree: NeuronTree) -> np.ndarray:
-    """(B,) number of branch points between each of `branches(tree)` and its root; stems have 0."""
-    found, is_fork = branches(tree), tree.degree >= 3
+    """(B,) number of branch points, no somas, between each of `branches(tree)` and its root; stems have 0."""
+    found, is_fork = branches(tree), (tree.degree >= 3) & (tree.types != SOMA)
     orders = np.zeros(len(found.ends), int)
     for branch, parent in enumerate(found.parents):
         if parent >= 0:
@@ -124,21 +124,36 @@ def volume(tree: NeuronTree) -> float:
 
 
 def measure(tree: NeuronTree) -> dict[str, float]:
-    """One row of a table: counts, length, branch order, Strahler number, volume; the unit ends the names."""
+    """One row of a table: counts, length, branch order, Strahler number, volume; the unit ends the names.
+
+    A soma of several nodes, a contour say, is one; it is no part of lengths, of the volume or of the mean radius.
+    """
     unit = {"um": "um", "voxel": "vox"}.get(tree.unit, "unknown_unit")
-    tree = tree.sorted()
+    whole = tree.sorted()
+    cable = np.zeros(len(whole))
+    cable[whole.edges] = whole.cable_lengths
+    tree, rows = _with_one_soma(whole)
+    neurite = tree.types != SOMA
     return {
-        "nodes": len(tree),
+        "nodes": len(whole),
         "trees": tree.num_roots,
-        f"length_{unit}": tree.cable_length,
+        f"length_{unit}": float(cable.sum()),
         "tips": tree.num_tips,
         "branch_points": tree.num_branch_points,
         "max_branch_order": int(branch_orders(tree).max(initial=0)),
         "strahler": strahler_number(tree),
         f"volume_{unit}3": volume(tree),
-        f"mean_radius_{unit}": float(tree.radii.mean()) if len(tree) else 0.0,
-        f"max_path_{unit}": float(path_lengths(tree).max(initial=0)),
+        f"mean_radius_{unit}": float(tree.radii[neurite].mean()) if neurite.any() else 0.0,
+        f"max_path_{unit}": float(path_sums(tree, cable[rows]).max(initial=0)),
     }
+
+
+def _with_one_soma(tree: NeuronTree) -> tuple[NeuronTree, np.ndarray]:
+    """Of each soma the first node alone, with all that hangs on the others; and the rows that stay."""
+    rows = np.arange(len(tree))
+    inner = (tree.types == SOMA) & (tree.parents >= 0) & (tree.types[tree.parents] == SOMA)
+    parents = np.where(tree.parents < 0, -1, follow(np.where(inner, tree.parents, rows))[tree.parents])
+    return replace(tree, parents=parents).take(rows[~inner]), rows[~inner]
 
 
 def resample(tree: NeuronTree, step: float) -> NeuronTree:
