@@ -729,3 +729,21 @@ def test_a_marker_counts_from_1_and_a_root_from_0(tmp_path):
     assert root_of("86,20,6", box, SPACING) == (4.0, 5.0, 41.0)
     assert root_of(str(tmp_path / "a.marker"), box, SPACING) == (4.0, 5.0, 41.0)
     assert root_of("86,20,6", box, None) == (4.0, 10.0, 82.0)
+
+
+def test_a_stack_of_dark_neurites_taken_for_bright_ones_is_told_what_to_do(vit3d, tmp_path):
+    light = np.random.default_rng(0).normal(200, 3, (12, 40, 96))
+    light[5:8, 18:22, 10:86] -= 150
+    dark = written(tmp_path / "dark.tif", np.clip(light, 0, 255).astype(np.uint8))
+    assert "--polarity dark" in vit3d("trace", dark, tmp_path / "a.swc")[2]
+    status, _, complaint = vit3d("trace", dark, tmp_path / "a.swc", "--polarity", "dark")
+    assert (status, complaint) == (0, "")
+    assert read_swc(tmp_path / "a.swc").cable_length > 30
+
+
+def test_a_mask_that_encloses_all_it_does_not_hold_is_refused_as_inverted(vit3d, tmp_path):
+    inverted = np.full((12, 40, 96), 255, np.uint8)
+    inverted[5:8, 18:22, 40:60] = 0
+    result = vit3d("trace", written(tmp_path / "inverted.tif", inverted), tmp_path / "a.swc")
+    assert_refused(result, "or is enclosed by what does: the mask, or the stack, seems inverted")
+    assert not (tmp_path / "a.swc").exists()

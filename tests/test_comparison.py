@@ -4,14 +4,18 @@ import csv
 import io
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from vit3d.annotations.pairs import find_pairs
+from vit3d.arguments import SWC_SUFFIXES, by_name
 from vit3d.cli import main
 from vit3d.reconstruction import find_stacks
 from vit3d.simulate import simulate_neuron
@@ -339,3 +343,74 @@ def test_simulate_writes_the_same_stack_and_tree_as_the_function(vit3d, tmp_path
 def test_a_simulation_that_cannot_be_is_refused(vit3d, tmp_path, flags):
     assert_refused(vit3d("simulate", tmp_path / "a.tif", *flags), "got")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_unit_on_the_command_line_is_for_the_files_of_a_folder_that_say_none(vit3d, tmp_path):
+    predicted, gold = tmp_path / "p", tmp_path / "g"
+    predicted.mkdir()
+    gold.mkdir()
+    tree = NeuronTree([(0, 0, 0), (0, 0, 20)], [1, 1], [-1, 0], unit="um", spacing_um=SPACING)
+    for name in ("states", "silent"):
+        write_swc(tree, predicted / f"{name}.swc")
+    write_swc(tree, gold / "states.swc")
+    (gold / "silent.swc").write_text("1 3 0 0 0 1 -1\n2 3 40 0 0 1 1\n")
+    status, printed, complaint = vit3d("score", predicted, gold, "--gold-unit", "voxel", "--json")
+    assert status == 0, complaint
+    assert [row["f1"] for row in json.loads(printed)] == [1, 1, 1]
+    status, printed, _ = vit3d("measure", gold / "states.swc", gold / "silent.swc", "--unit", "um")
+    assert status == 0
+    assert [row["length_um"] for row in csv.DictReader(io.StringIO(printed))] == ["20.0", "40.0"]
+    assert_refused(vit3d("measure", gold / "states.swc", "--unit", "voxel"), "'voxel' was given; leave the unit out")
+
+
+def test_a_sphere_that_a_smaller_tree_does_not_reach_is_crossed_by_nothing_of_it(vit3d, tmp_path):
+    for length in (20, 35):
+        tree = NeuronTree([(0, 0, 0), (0, 0, length)], [1, 1], [-1, 0], unit="um")
+        write_swc(tree, tmp_path / f"{length}.swc")
+    _, printed, _ = vit3d("measure", tmp_path / "20.swc", tmp_path / "35.swc", "--sholl-step", "10")
+    assert [row["sholl_30"] for row in csv.DictReader(io.StringIO(printed))] == ["0", "1"]
+
+
+def test_a_gold_that_does_not_lie_on_its_image_is_told_with_the_likely_cause(vit3d, tmp_path):
+    volume, tree = simulate_neuron(seed=1, shape=(24, 96, 128), spacing_um=SPACING)
+    write_volume(volume, tmp_path / "a.tif")
+    write_swc(tree, tmp_path / "a.swc")
+    write_swc(tree.flipped(1, 95 * SPACING[1]), tmp_path / "flipped.swc")
+    write_swc(replace(tree, points=3 * tree.points), tmp_path / "large.swc")
+
+    def said(name):
+        return vit3d("score", tmp_path / name, tmp_path / name, "--image", tmp_path / "a.tif")[2]
+
+    assert said("a.swc") == ""
+    assert "y is flipped" in said("flipped.swc")
+    assert re.search("nodes lie outside the stack.*The aligned scores mean little.", said("large.swc"))
+
+
+def test_trees_take_the_voxel_size_of_the_stack_that_is_given_and_may_not_contradict_it(vit3d, tmp_path):
+    volume, tree = simulate_neuron(seed=1, shape=(24, 96, 128), spacing_um=SPACING)
+    write_volume(volume, tmp_path / "a.tif")
+    write_swc(tree, tmp_path / "a.swc")
+    lines = (tmp_path / "a.swc").read_text().splitlines(keepends=True)
+    (tmp_path / "a.swc").write_text("".join(line for line in lines if line[0] != "#"))
+    units = ("--predicted-unit", "um", "--gold-unit", "um", "--image", tmp_path / "a.tif")
+    status, printed, complaint = vit3d("score", tmp_path / "a.swc", tmp_path / "a.swc", *units, "--json")
+    assert status == 0, complaint
+    assert json.loads(printed)[0]["f1"] == 1
+    write_swc(tree.to("voxel").to("um", (1.0, 0.4, 0.4)), tmp_path / "other.swc")
+    result = vit3d("score", tmp_path / "other.swc", tmp_path / "other.swc", "--image", tmp_path / "a.tif")
+    assert_refused(result, "the predicted tree's spacing (1.0, 0.4, 0.4) (z, y, x) um is not the stack's")
+
+
+def test_a_stack_and_a_tree_named_as_ome_are_a_pair(vit3d, tmp_path):
+    status, printed, _ = vit3d("simulate", tmp_path / "j.ome.tif", "--shape", "8,64,64")
+    assert status == 0
+    assert f"its tree {tmp_path / 'j.swc'}" in printed
+    (tmp_path / "j.swc").rename(tmp_path / "j.ome.swc")
+    (row,) = find_pairs(tmp_path)
+    assert (row["name"], Path(row["swc"]).name) == ("j", "j.ome.swc")
+    assert by_name(tmp_path, SWC_SUFFIXES).keys() == {"j"}
+
+
+def test_a_header_with_two_spacings_is_refused_with_its_file(vit3d, tmp_path):
+    (tmp_path / "two.swc").write_text("# spacing_um (z, y, x): 1.0, 0.5\n1 3 0 0 0 1 -1\n")
+    assert_refused(vit3d("measure", tmp_path / "two.swc"), "two.swc has a header whose spacing is not three positive")

@@ -107,7 +107,7 @@ def test_the_volume_of_a_cylinder_and_of_a_cone():
 def test_measure_names_the_unit_and_takes_any_tree():
     row = measure(comb())
     assert (row["nodes"], row["tips"], row["branch_points"], row["length_um"]) == (20, 4, 3, 19)
-    assert measure(NeuronTree.empty("voxel"))["length_unknown_unit"] == 0
+    assert measure(NeuronTree.empty("voxel"))["length_vox"] == 0
     assert measure(NeuronTree([[0, 0, 0]], [1], [-1], unit=None))["length_unknown_unit"] == 0
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from .tree import UNITS, NeuronTree, read_swc
-from .volume import SUFFIXES, Volume, is_stack, loaded, named_stacks, open_volume, read_volume, stack_name
+from .volume import SUFFIXES, Volume, is_stack, loaded, named_stacks, open_volume, read_volume, stack_name, swc_name
 
 SWC_SUFFIXES = (".swc", ".eswc")
 Box = tuple[slice, slice, slice]
@@ -68,14 +68,24 @@ def open_mask(path: Path | None, missing_as_fill: bool = False):
     return None if path is None else open_volume(path, missing_as_fill=missing_as_fill).voxels
 
 
-def read_trees(predicted: Path, gold: Path, predicted_unit, gold_unit, spacing: str | None) -> tuple[NeuronTree, ...]:
+def read_trees(
+    predicted: Path, gold: Path, predicted_unit, gold_unit, spacing: str | None, *, several: bool = False
+) -> tuple[NeuronTree, ...]:
     """Both trees, with the voxel size that is given on the command line, else their own."""
     trees = (
-        read_swc(predicted, unit=unit_of(predicted_unit, "--predicted-unit")),
-        read_swc(gold, unit=unit_of(gold_unit, "--gold-unit")),
+        read_stating(predicted, unit_of(predicted_unit, "--predicted-unit"), several),
+        read_stating(gold, unit_of(gold_unit, "--gold-unit"), several),
     )
     size = triple(spacing, "--spacing")
     return tuple(replace(tree, spacing_um=size or tree.spacing_um) for tree in trees)
+
+
+def read_stating(path: Path, unit: str | None, several: bool) -> NeuronTree:
+    """An SWC in the unit that it says, or else in `unit`; one of `several` files may say another one."""
+    if not several:
+        return read_swc(path, unit=unit)
+    tree = read_swc(path)
+    return replace(tree, unit=tree.unit or unit)
 
 
 def refuse_mixed_units(trees: dict[Path, NeuronTree]) -> None:
@@ -104,7 +114,7 @@ def pairs(predicted: Path, gold: Path) -> list[tuple[str, Path, Path]]:
     What has no partner is named in a warning, so that nobody takes the mean of some for the mean of all.
     """
     if not is_folder(predicted):
-        return [(predicted.stem if is_swc(predicted) else stack_name(predicted), predicted, gold)]
+        return [(swc_name(predicted) if is_swc(predicted) else stack_name(predicted), predicted, gold)]
     if not is_folder(gold):
         raise ValueError(f"{predicted} is a folder, {gold} is none; folders are scored against folders.")
     for suffixes in (SWC_SUFFIXES, SUFFIXES):
@@ -119,7 +129,7 @@ def pairs(predicted: Path, gold: Path) -> list[tuple[str, Path, Path]]:
 def by_name(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     """The folder's files of these types by their name without suffix; hidden ones are passed over."""
     files = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in suffixes and not p.name.startswith(".")]
-    return {path.stem: path for path in files} if suffixes is SWC_SUFFIXES else named_stacks(files)
+    return {swc_name(path): path for path in files} if suffixes is SWC_SUFFIXES else named_stacks(files)
 
 
 def stack_named(place: Path | None, name: str) -> Path | None:
@@ -282,7 +292,7 @@ def root_of(text: str | None, box, spacing_um) -> tuple[float, ...] | None:
         return None
     try:
         if text.lower().endswith(".marker"):
-            lines = [line for line in Path(text).read_text().splitlines() if line.strip() and line[0] != "#"]
+            lines = [line for line in Path(text).read_text("utf-8-sig").splitlines() if line.strip() and line[0] != "#"]
             x, y, z = (float(part) - 1 for part in lines[0].split(",")[:3])
         else:
             x, y, z = (float(part) for part in text.split(","))

@@ -25,6 +25,7 @@ from .arguments import (
     open_stack,
     pairs,
     read_stack,
+    read_stating,
     read_trees,
     refuse_mixed_units,
     root_of,
@@ -347,6 +348,7 @@ def trace(
     grey levels.
     """
     from .centerlines.level import find_level
+    from .model.intensity_vit3d import measure as measure_stack
     from .reconstruction import (
         check_mask,
         fits_in_memory,
@@ -393,6 +395,8 @@ def trace(
     for path, part in files.items():
         write_swc(part, path, unit=unit)
     tell_of_earlier(out, {path.name for path in files})
+    if polarity == "bright" and len(tree) <= 1 and measure_stack(volume.voxels).polarity == "dark":
+        warnings.warn("The neurites seem dark on a bright ground: --polarity dark follows them.", stacklevel=1)
     typer.echo(as_table([{"name": out.stem, **summary(tree), "review": len(reviews)}]))
 
 
@@ -428,7 +432,7 @@ def score(
         picture = plot / f"{name}.png" if plot is not None and in_folders else plot
         try:
             if is_swc(first):
-                trees = read_trees(first, second, predicted_unit, gold_unit, spacing)
+                trees = read_trees(first, second, predicted_unit, gold_unit, spacing, several=in_folders)
                 groups.append(_scored(name, *trees, threshold, stack_named(image, name), spacing, picture))
             elif plot is not None or image is not None:
                 raise ValueError(f"--plot and --image are for trees; {first} is none.")
@@ -476,9 +480,8 @@ def measure(
     """
     from .morphometry import measure as run
     from .morphometry import sholl
-    from .tree import read_swc
 
-    trees = {path: read_swc(path, unit=unit_of(unit, "--unit")) for path in swcs}
+    trees = {path: read_stating(path, unit_of(unit, "--unit"), len(swcs) > 1) for path in swcs}
     if all(tree.unit == "um" or (tree.unit and tree.spacing_um) for tree in trees.values()):
         trees = {path: tree.to("um") for path, tree in trees.items()}
     refuse_mixed_units(trees)
@@ -487,7 +490,7 @@ def measure(
         crossings = zip(*sholl(tree, sholl_step), strict=True) if sholl_step is not None else ()
         rows.append({"name": path.stem, **run(tree), **{f"sholl_{radius:g}": int(n) for radius, n in crossings}})
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    writer = csv.DictWriter(sys.stdout, keys, lineterminator="\n")
+    writer = csv.DictWriter(sys.stdout, keys, restval=0, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
 
@@ -545,15 +548,16 @@ def simulate(
     from .simulate import simulate_neuron
     from .swc import written_here
     from .tree import write_swc
-    from .volume import write_volume
+    from .volume import stack_name, write_volume
 
     out, size = new_file(out, ".tif", ".tiff"), shape_of(shape)
-    tree_file = out.with_suffix(".swc")
+    tree_file = out.with_name(f"{stack_name(out)}.swc")
     if tree_file.is_file() and not written_here(tree_file):
         raise ValueError(f"{tree_file}, where the truth goes, is a tree that vit3d did not write; choose another name.")
     volume, tree = simulate_neuron(seed=seed, shape=size, spacing_um=triple(spacing, "--spacing"), polarity=polarity)
     write_volume(volume, make_room(out))
     write_swc(tree, tree_file)
+    typer.echo(f"The stack is {out}, its tree {tree_file}.")
 
 
 @app.command()

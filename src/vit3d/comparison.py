@@ -5,7 +5,9 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from .annotations.gold import align_gold, without_untraced
+import numpy as np
+
+from .annotations.gold import align_gold, check_bounds, lies_on_image, likely_cause, without_untraced
 from .model.intensity_vit3d import measure
 from .scoring import score_trees
 from .tree import NeuronTree
@@ -21,6 +23,8 @@ def compare(
 
     There `precision_of_traced` leaves out what the prediction follows of bright structure that no gold covers.
     """
+    if volume is not None and volume.spacing_um and not (predicted.spacing_um or gold.spacing_um):
+        predicted, gold = (replace(tree, spacing_um=volume.spacing_um) for tree in (predicted, gold))
     rows = [{"name": name, **score_trees(predicted, gold, threshold=threshold)}]
     if len(predicted) and rows[0]["f1"] < _APART:
         warnings.warn(
@@ -29,13 +33,36 @@ def compare(
     if volume is None:
         return rows
     polarity = measure(volume.voxels).polarity
+    _refuse_other_spacing(volume, predicted, gold)
     predicted, gold, _ = _in_voxels_of(volume, predicted, gold)
+    _warn_if_elsewhere(name, gold, volume, polarity)
     aligned, shift = align_gold(gold, volume, polarity=polarity)
     scores = score_trees(predicted, aligned, threshold=threshold)
     judged = without_untraced(predicted, aligned, volume, polarity=polarity)
     scores["precision_of_traced"] = score_trees(judged, aligned, threshold=threshold)["precision"]
     words = ", ".join(f"{value:+.2f}" for value in shift)
     return [*rows, {"name": f"{name} aligned by ({words}) voxels (z, y, x)", **scores}]
+
+
+def _refuse_other_spacing(volume: Volume, predicted: NeuronTree, gold: NeuronTree) -> None:
+    for what, tree in (("predicted", predicted), ("gold", gold)):
+        if volume.spacing_um and tree.spacing_um and not np.allclose(volume.spacing_um, tree.spacing_um, rtol=1e-3):
+            raise ValueError(
+                f"the {what} tree's spacing {tree.spacing_um} (z, y, x) um is not the stack's, {volume.spacing_um}."
+            )
+
+
+def _warn_if_elsewhere(name: str, gold: NeuronTree, volume: Volume, polarity: str) -> None:
+    """What is not of this stack is aligned with whatever is bright in it."""
+    cause = None
+    try:
+        check_bounds(gold, volume.shape, name)
+        if len(gold) and not lies_on_image(gold, volume, polarity=polarity):
+            cause = f"{name}: {likely_cause(gold, volume, polarity=polarity)}"
+    except ValueError as outside:
+        cause = str(outside)
+    if cause:
+        warnings.warn(f"{cause} The aligned scores mean little.", stacklevel=3)
 
 
 def means(groups: list[list[dict]]) -> list[dict]:

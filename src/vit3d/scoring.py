@@ -181,10 +181,8 @@ def _corrections(predicted: _Side, gold: _Side, threshold: float) -> dict[str, f
     }
     counts["corrections"] = sum(counts.values())
     if gold.sampled.lengths_um is not None:
-        gold_mm = gold.sampled.lengths_um.sum() / 1000
-        counts["corrections_per_mm"] = (
-            float(counts["corrections"] / gold_mm) if gold_mm > 0 else (np.inf if counts["corrections"] else 0.0)
-        )
+        gold_mm, none = gold.sampled.lengths_um.sum() / 1000, np.inf if counts["corrections"] else 0.0
+        counts["corrections_per_mm"] = float(counts["corrections"] / gold_mm) if gold_mm > 0 else none
     return counts
 
 

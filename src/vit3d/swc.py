@@ -1,6 +1,7 @@
 """The text of an SWC file: its header, its columns, the line of a node. Numbers in, numbers out; no tree."""
 
 import io
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,9 +79,12 @@ class SwcText:
         """(z, y, x) as our own header states it, or None."""
         stated = _SPACING.search(self._comments)
         try:
-            return tuple(float(word) for word in stated[1].split(",")) if stated else None
+            spacing = tuple(float(word) for word in stated[1].split(",")) if stated else None
         except ValueError:
-            raise ValueError(f"{self.path} has a header whose spacing is no number: {stated[0]!r}.") from None
+            spacing = ()
+        if spacing is not None and (len(spacing) != 3 or not all(0 < step < math.inf for step in spacing)):
+            raise ValueError(f"{self.path} has a header whose spacing is not three positive numbers: {stated[0]!r}.")
+        return spacing
 
     def table(self, columns: int = 7) -> np.ndarray:
         """(N, columns) finite numbers; id, type and parent whole. ValueError: names the first bad line."""

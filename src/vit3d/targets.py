@@ -93,8 +93,8 @@ def labels_from_codes(codes: np.ndarray, meaning: dict[int, int] | None = None) 
 
 
 def labels_from_mask(mask: np.ndarray) -> np.ndarray:
-    """(Z, Y, X) int8: 1 where a mask that is annotated everywhere is not background, which is 0, or the lower one of two
-    values (ilastik counts from 1).
+    """(Z, Y, X) int8: 1 where a mask that is annotated everywhere is not background, which is 0, or the lower one of
+    two values (ilastik counts from 1).
 
     ValueError: what is no mask, or one that is mostly neurite.
     """

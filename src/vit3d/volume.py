@@ -167,6 +167,11 @@ def stack_name(path: str | Path) -> str:
     return name
 
 
+def swc_name(path: str | Path) -> str:
+    """The name of the stack that an SWC beside it is of: `a.ome.swc`, `a.swc`, `a.tif.swc` -> `a`."""
+    return stack_name(Path(path).stem + SUFFIXES[0])
+
+
 def named_stacks(paths: list[Path]) -> dict[str, Path]:
     """Stacks by their names; those that differ only in their suffixes keep them."""
     names = [stack_name(path) for path in paths]

@@ -1,6 +1,7 @@
 """What tells a file, or a folder such as a Zarr store, from another one, or from itself after a change."""
 
 import hashlib
+import os
 from pathlib import Path
 
 
@@ -15,12 +16,17 @@ def digest(path: str | Path) -> str:
 
 def size(path: str | Path) -> int:
     """Bytes, of a folder those of all its files."""
-    return sum(file.stat().st_size for file in files_of(path))
+    return sum(_stat(file).st_size for file in files_of(path))
 
 
 def stamp(path: str | Path) -> list[tuple[str, int, int]]:
     """(Place, bytes, time of the last change in ns) of each file: cheap, and another one once one was written again."""
-    return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files_of(path)]
+    return [(str(file.resolve()), _stat(file).st_size, _stat(file).st_mtime_ns) for file in files_of(path)]
+
+
+def _stat(file: Path) -> os.stat_result:
+    """Of a link that leads nowhere its own: whoever reads it finds out."""
+    return file.stat() if file.exists() else file.lstat()
 
 
 def files_of(path: str | Path) -> list[Path]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ..volume import SUFFIXES, stack_name
+from ..volume import SUFFIXES, stack_name, swc_name
 from .file_facts import stamp
 
 TEST_SHARE = 0.2
@@ -181,7 +181,7 @@ def read_split_file(path: str | Path, rows: list[dict]) -> dict[str, str]:
 
 def _json_splits(path: Path) -> list[tuple[str, str]]:
     try:
-        splits = json.loads(path.read_text())
+        splits = json.loads(path.read_text("utf-8-sig"))
         fits = all(
             isinstance(names, list) and all(isinstance(name, str) for name in names) for names in splits.values()
         )
@@ -280,8 +280,8 @@ def _parsed(name: str) -> tuple[str, str, str]:
     """An SWC's file name -> (image's bare name, "neuron2" or "", stamp as digits or "")."""
     match = _STAMPED.fullmatch(name)
     if match:
-        return stack_name(match["image"]), match["part"] or "", match["stamp"].replace("_", "")
-    return stack_name(_PLAIN.fullmatch(name)["image"]), "", ""
+        return swc_name(match["image"] + ".swc"), match["part"] or "", match["stamp"].replace("_", "")
+    return swc_name(_PLAIN.fullmatch(name)["image"] + ".swc"), "", ""
 
 
 def _newest(swc: Path) -> tuple[str, int, str]:

@@ -56,7 +56,7 @@ def model_digest(model) -> str:
 
 
 def _sample_digest(voxels) -> str:
-    """SHA-256 of what its statistics are taken from: of a small volume all, of a larger one a fixed number of voxels."""
+    """SHA-256 of what statistics are taken from: of a small volume all, of a larger one a fixed number of voxels."""
     digest = hashlib.sha256()
     for part in sampled(voxels):
         digest.update(np.ascontiguousarray(part).data)

@@ -237,7 +237,15 @@ def find_foreground(volume: Volume, level: Level) -> Foreground:
     if len(linear) == math.prod(volume.shape):
         raise ValueError(
             f"All of the volume (fraction 1.0) lies above the threshold {level.threshold:g}: "
-            "give a mask or probability with background, or a higher `threshold`."
+            "give a mask or probability with background, or a higher threshold."
+        )
+    if not len(linear):
+        return Foreground(linear, values, volume.shape, np.ones(3), np.arange(3), np.zeros(3, bool))
+    foreground = Foreground.posed(linear, level.probability(values), volume).without_cavities()
+    if len(foreground) == math.prod(volume.shape):
+        raise ValueError(
+            f"All of the volume lies above the threshold {level.threshold:g}, or is enclosed by what does: "
+            "the mask, or the stack, seems inverted (--polarity dark)."
         )
     if len(linear) > math.prod(volume.shape) / 2:
         share = f"{len(linear) / math.prod(volume.shape):.0%}"
@@ -245,9 +253,7 @@ def find_foreground(volume: Volume, level: Level) -> Foreground:
             f"{share} of the volume lies above the threshold {level.threshold:g}: is the mask, or the stack, inverted?",
             stacklevel=4,
         )
-    if not len(linear):
-        return Foreground(linear, values, volume.shape, np.ones(3), np.arange(3), np.zeros(3, bool))
-    return Foreground.posed(linear, level.probability(values), volume).without_cavities()
+    return foreground
 
 
 def _scan(voxels, threshold: float) -> tuple[np.ndarray, np.ndarray]:
