@@ -411,3 +411,18 @@ def test_the_aligned_gold_of_a_real_neuron_lies_on_bright_pixels(shared):
         rows = np.rint((points[:, 1] - top) / (bottom - top) * volume.shape[down] - 0.5).astype(int)
         image = ax.images[0].get_array().data
         assert np.median(image[rows, columns]) > 50 > 10 * np.median(image)
+
+
+@pytest.mark.parametrize("shape", [(16, 400, 48), (8, 32, 400), (300, 40, 40), (48, 96, 96)])
+def test_nothing_that_is_written_on_a_picture_runs_over_its_edge(shape):
+    voxels = np.zeros(shape, np.uint8)
+    voxels[:, 10, 10] = 200
+    volume = Volume(voxels, (1.0, 0.33, 0.33))
+    points = [(0, 10, 10), (shape[0] - 1, 10, 10)]
+    tree = NeuronTree(points, [1, 1], [-1, 0], unit="voxel", spacing_um=volume.spacing_um)
+    for figure in (draw_reconstruction(volume, tree, name="x" * 40), draw_difference(tree, tree, volume=volume)):
+        canvas = FigureCanvasAgg(figure)
+        texts = [figure._suptitle, *(text for ax in figure.axes for text in ax.texts)]
+        for text in texts:
+            box = text.get_window_extent(canvas.get_renderer())
+            assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1, text.get_text()

@@ -26,6 +26,7 @@ from vit3d.volume import Volume
 _DPI = 150
 _PANEL_INCHES = 6.0
 _GAP_INCHES = 0.08
+_LETTER_INCHES = 0.085  # of a title, on average and rather more
 _DEPTH_COLORS = "rainbow"  # bright at both ends, so that it shows on black and on white
 _SEEN_THROUGH = LinearSegmentedColormap.from_list("seen through", [(1, 0.1, 0.1, 0), (1, 0.1, 0.1, 1)])
 _ROOT_RING = {"marker": "o", "linestyle": "", "mfc": "none", "mec": "magenta", "mew": 1.5, "ms": 9}
@@ -108,7 +109,8 @@ def draw_reconstruction(
     panels = [("image", volume, None), ("probability", probability, None), ("tree", volume, tree)]
     panels += [("gold", None if gold is None else volume, gold)]
     panels = [panel for panel in panels if panel[1] is not None]
-    figure, rows = _panels(box, [name for name, _, _ in panels], margin=1.1)
+    title = _named(name, _description(tree.to(box.unit, volume.spacing_um)))
+    figure, rows = _panels(box, [name for name, _, _ in panels], title, margin=1.1)
     ink = "white" if polarity == "bright" else "black"
     for (panel, shown, drawn), axes in zip(panels, rows, strict=True):
         if panel == "probability":
@@ -121,7 +123,6 @@ def draw_reconstruction(
     if len(tree):
         _draw_root_legend(figure)
     _draw_scale_bar(rows[0][0], box, ink)
-    _set_title(figure, _named(name, _description(tree.to(box.unit, volume.spacing_um))))
     return figure
 
 
@@ -138,13 +139,13 @@ def draw_segmentation(volume: Volume, probability: Volume, *, polarity: str = "b
     """The figure that `plot_segmentation` writes."""
     _check(volume, probability, polarity)
     box = _Box.of_volume(volume)
-    figure, (alone, under) = _panels(box, ["image", "segmentation"], margin=0.1)
+    share = float(np.mean(np.asarray(probability.voxels) > 0.5))
+    title = _named(name, f"{share:.2%} of the voxels more likely neurite than not")
+    figure, (alone, under) = _panels(box, ["image", "segmentation"], title, margin=0.1)
     _show_projections(alone, volume, box, polarity)
     _show_projections(under, volume, box, polarity)
     _show_projections(under, probability, box, "bright", limits=(0.0, 1.0), colors=_SEEN_THROUGH)
     _draw_scale_bar(alone[0], box, "white" if polarity == "bright" else "black")
-    share = float(np.mean(np.asarray(probability.voxels) > 0.5))
-    _set_title(figure, _named(name, f"{share:.2%} of the voxels more likely neurite than not"))
     return figure
 
 
@@ -193,38 +194,39 @@ def draw_difference(
     step = np.array(spacing_um if spacing_um and box.unit == "um" else (1.0, 1.0, 1.0))
     gold_pieces, missing = _pieces(gold, predicted, step, threshold)
     predicted_pieces, surplus = _pieces(predicted, gold, step, threshold)
-    figure, (axes,) = _panels(box, ["difference"], margin=0.1)
-    if volume is not None:
-        on_white = "gray" if polarity == "dark" else "gray_r"
-        _show_projections(axes, volume, box, polarity, colors=on_white, headroom=2.5)
     kinds = {
         "agreed": (gold_pieces[~missing], "0.35"),
         "missing": (gold_pieces[missing], "red"),
         "surplus": (predicted_pieces[surplus], "blue"),
     }
+    parts = [f"{name} ({word}) {_length(kinds[name][0]):,.0f}" for name, word in _DIFFERENCE_WORDS.items()]
+    figure, (axes,) = _panels(box, ["difference"], f"{', '.join(parts)} {_UNIT_NAMES[box.unit]}", margin=0.1)
+    if volume is not None:
+        on_white = "gray" if polarity == "dark" else "gray_r"
+        _show_projections(axes, volume, box, polarity, colors=on_white, headroom=2.5)
     for name, (pieces, color) in kinds.items():
         for ax, view in zip(axes, _VIEWS, strict=True):
             _draw_lines(ax, view, pieces, label=name, colors=color, linewidths=1.2)
     _draw_scale_bar(axes[0], box, "black")
-    parts = [f"{name} ({word}) {_length(kinds[name][0]):,.0f}" for name, word in _DIFFERENCE_WORDS.items()]
-    _set_title(figure, f"{', '.join(parts)} {_UNIT_NAMES[box.unit]}")
     return figure
 
 
 # ---------------------------------------------------------------- the sheet
 
 
-def _panels(box: _Box, names: list[str], margin: float) -> tuple[Figure, list[list[Axes]]]:
-    """A figure with one panel per name, each three axes in the order of `_VIEWS`, all at one scale; `margin`
-    inches stay free at the right."""
+def _panels(box: _Box, names: list[str], title: str, margin: float) -> tuple[Figure, list[list[Axes]]]:
+    """A figure, wide enough for its title, with one panel per name, each three axes in the order of `_VIEWS`, all at
+    one scale; `margin` inches stay free at the right."""
     z, y, x = box.size
     scale = _PANEL_INCHES / max(x + z, y + z)
     width, height = (x + z) * scale + _GAP_INCHES, (y + z) * scale + _GAP_INCHES
-    figure = Figure((len(names) * (width + 0.25) + 0.15 + margin, height + 0.75), dpi=_DPI)
+    taken = len(names) * (width + 0.25) + 0.15 + margin
+    figure = Figure((max(taken, _LETTER_INCHES * len(title)), height + 0.75), dpi=_DPI)
+    figure.suptitle(title, fontsize=11, y=1 - 0.1 / figure.get_figheight())
     sheet = np.array([*figure.get_size_inches()] * 2)
     rows = []
     for number, name in enumerate(names):
-        left, bottom = 0.25 + number * (width + 0.25), 0.15
+        left, bottom = (sheet[0] - taken) / 2 + 0.25 + number * (width + 0.25), 0.15
         side, top = left + x * scale + _GAP_INCHES, bottom + z * scale + _GAP_INCHES
         places = [(left, top, x, y), (side, top, z, y), (left, bottom, x, z)]
         rows.append([])
@@ -249,10 +251,6 @@ def _save(figure: Figure, path: str | Path) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _set_title(figure: Figure, words: str) -> None:
-    figure.suptitle(words, fontsize=11, y=1 - 0.1 / figure.get_figheight())
 
 
 # ---------------------------------------------------------------- what is drawn on it
@@ -335,7 +333,7 @@ def _draw_scale_bar(ax: Axes, box: _Box, ink: str) -> None:
     length = max(factor * decade for factor in (1, 2, 5) if factor * decade <= wide / 4)
     x, y = box.low[2] + 0.04 * wide, box.high[1] - 0.04 * tall
     ax.plot([x, x + length], [y, y], color=ink, linewidth=2.5, label="scale bar")
-    ax.text(x, y - 0.015 * tall, f"{length:g} {_UNIT_NAMES[box.unit]}", color=ink)
+    ax.annotate(f"{length:g} {_UNIT_NAMES[box.unit]}", (x, y), (0, 3), textcoords="offset points", color=ink)
 
 
 def _named(name: str, words: str) -> str:
