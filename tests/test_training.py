@@ -24,7 +24,7 @@ from runs import SIZES, WINDOW, equal, launch, losses, make_checkpoint, make_pai
 from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation, ViT3DImageProcessor, segment
 from vit3d.annotations.annotation import examine, spacing_of
 from vit3d.annotations.gold import estimate_shift
-from vit3d.annotations.pairs import find_pairs, split_of
+from vit3d.annotations.pairs import find_pairs, split_of, survey
 from vit3d.checkpoint import load_checkpoint
 from vit3d.cli import main
 from vit3d.learning.augmentation import Augmentation
@@ -404,7 +404,7 @@ def test_a_gold_is_aligned_to_dark_neurites_too(data):
     np.testing.assert_allclose(gold.points - here.points, np.broadcast_to([0, 0, 2], gold.points.shape), atol=0.6)
 
 
-def test_a_gold_outside_its_stack_is_refused_and_a_flipped_one_left_out(config, tmp_path):
+def test_what_cannot_be_trained_on_is_left_out_and_where_that_is_all_it_is_refused(config, tmp_path):
     folder = make_pairs(tmp_path / "pairs", {"good": "um", "bad": "voxel"})
     tree = replace(read_swc(folder / "bad.swc"), unit="voxel")
     write_swc(tree.flipped(1, 63), folder / "bad.swc", unit="voxel")
@@ -414,9 +414,19 @@ def test_a_gold_outside_its_stack_is_refused_and_a_flipped_one_left_out(config, 
         volumes, weights = training_volumes(silent, rows, CONFIG, tmp_path / "store")
     assert ([volume.name for volume in volumes], weights) == (["good"], [1 - config.simulated_share])
     write_swc(replace(tree, points=tree.points * 3), folder / "bad.swc", unit="voxel")
-    with pytest.raises(ValueError, match=r"^bad: \d+ of \d+ SWC nodes lie outside the stack"):
-        train(silent)
-    assert not Path(config.out).exists()
+    (folder / "broken.tif").write_bytes((folder / "good.tif").read_bytes()[:1000])
+    (folder / "broken.swc").write_bytes((folder / "good.swc").read_bytes())
+    (folder / "gone.tif").symlink_to(folder / "nowhere.tif")
+    (folder / "gone.swc").write_bytes((folder / "good.swc").read_bytes())
+    told = r"bad: \d+ of \d+ SWC nodes lie outside the stack.*broken.tif is cut short.*gone.tif"
+    with pytest.warns(UserWarning, match=f"Left out of training: {told}"):
+        train(replace(silent, max_steps=1))
+    assert survey(folder).fingerprint
+    (folder / "good.tif").unlink()
+    other = str(tmp_path / "other")
+    with pytest.raises(ValueError, match=f"No pair of .* can be trained on: {told}"):
+        train(replace(silent, out=other))
+    assert not Path(other).exists()
 
 
 def test_a_partly_annotated_stack_is_trained_on_where_it_is_annotated(config, tmp_path):

@@ -79,9 +79,16 @@ def training_spacing(rows: list[dict], config: TrainingConfig) -> tuple[float, .
     """Voxel size (z, y, x) in um of the stacks that are trained on: along each axis their median, None where none
     states one."""
     trained = [row for row in rows if row["name"] not in config.validate]
-    stated = [config.spacing_um or annotation.spacing_of(row) for row in trained]
+    stated = [config.spacing_um or _stated_spacing(row) for row in trained]
     stated = [spacing for spacing in stated if spacing]
     return tuple(np.median(stated, axis=0).tolist()) if stated else None
+
+
+def _stated_spacing(row: dict) -> tuple[float, ...] | None:
+    try:
+        return annotation.spacing_of(row)
+    except (ValueError, OSError):  # it is left out, and said why, when it is read
+        return None
 
 
 def tell_spacing(network: ViT3DConfig, rows: list[dict], config: TrainingConfig) -> None:
@@ -100,17 +107,18 @@ def training_volumes(
     """Real and simulated volumes, memory-mapped from `store`, and the weight with which each is drawn.
 
     Simulated ones lie on the grid on which `reconstruct` would show them to the network. One volume at a time is in
-    memory, and what `store` already holds is not made again. A pair whose gold does not lie on its image is left out,
-    with a warning that says why; so are shifts reported. ValueError: a gold outside its image's bounds, or nothing is
-    left to train on.
+    memory, and what `store` already holds is not made again. A pair that cannot be read, or whose gold does not lie on
+    its image, is left out, with a warning that says why; so are shifts reported. ValueError: no pair is left, or nothing at all.
     """
     volumes, left_out = [], []
     processor = processor or ViT3DImageProcessor.from_config(network)
     for row in tqdm([row for row in rows if row["name"] not in config.validate], desc="read golds", disable=None):
         try:
             volumes.append(prepared(store, _key(row, config), lambda row=row: _made_ready(row, config, processor)))
-        except MisplacedError as error:
-            left_out.append(str(error))
+        except (ValueError, OSError) as error:
+            left_out.append(_with_name(error, row))
+    if left_out and not volumes:
+        raise ValueError(f"No pair of {config.data} can be trained on: {' '.join(left_out)}")
     if left_out:
         warnings.warn(f"Left out of training: {' '.join(left_out)}", stacklevel=2)
     warn_of_shifts({volume.name: volume.shift_vox for volume in volumes})
@@ -138,6 +146,11 @@ def crop_dataset(data: str | Path, network: ViT3DConfig, length: int, store: str
     tell_spacing(network, rows, asked)
     volumes, weights = training_volumes(asked, rows, network, Path(store))
     return CropDataset(volumes, weights, ViT3DImageProcessor.from_config(network), length, asked.seed, network)
+
+
+def _with_name(error: Exception, row: dict) -> str:
+    said = f"{error.filename}: {error.strerror}." if isinstance(error, OSError) and error.filename else str(error)
+    return said if row["name"] in said else f"{row['name']}: {said}"
 
 
 def warn_of_shifts(shifts: dict[str, tuple[float, ...]]) -> None:
