@@ -700,3 +700,21 @@ def test_units_may_be_written_large_and_differ_in_depth(tmp_path, unit, um):
     known = {"axes": "ZYX", "unit": unit, "spacing": 2000, "zunit": "nm"}
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((4, 5, 6), np.uint8), imagej=True, resolution=(2, 2), metadata=known)
     assert read_volume(tmp_path / "a.tif").spacing_um == pytest.approx((2.0, 0.5 * um, 0.5 * um))
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "zlib"}, {"metadata": None}])
+def test_slices_that_were_written_one_by_one_are_a_stack(tmp_path, options):
+    path, voxels = tmp_path / "loop.tif", noise()
+    with tifffile.TiffWriter(path) as file:
+        for plane in voxels:
+            file.write(plane, **options)
+    assert (read_volume(path).voxels == voxels).all()
+    assert (open_volume(path).voxels[2:5, 7:20, 3:9] == voxels[2:5, 7:20, 3:9]).all()
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="is cut short|is incomplete"):
+        read_volume(path)
+    with tifffile.TiffWriter(path) as file:
+        for plane in (voxels[0], voxels[1].astype(np.float32)):
+            file.write(plane)
+    with pytest.raises(ValueError, match="is a 2D image"):
+        read_volume(path)

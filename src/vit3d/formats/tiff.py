@@ -20,9 +20,8 @@ SOFTWARE = "vit3d"  # what files that are written say of themselves
 class TiffVoxels(LazyVoxels):
     """A stack in a compressed or scattered TIFF: only the strips or tiles that meet the box are decoded."""
 
-    def __init__(self, path: Path, tiff: tifffile.TiffFile, index: tuple):
-        self._path, self._tiff, self._index = path, tiff, index
-        self._series = tiff.series[0]
+    def __init__(self, path: Path, tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries, index: tuple):
+        self._path, self._tiff, self._series, self._index = path, tiff, series, index
         shape, page = self._series.shape, self._series.keyframe.chunks
         stored = (*(1,) * (len(shape) - len(page)), *page)
         kept = [axis for axis, part in enumerate(index) if isinstance(part, slice)]
@@ -60,8 +59,8 @@ def open_tiff(path: Path, channel: int | None, time: int | None = None) -> tuple
 
 def _voxels(path: Path, tiff: tifffile.TiffFile, channel: int | None, time: int | None) -> LazyVoxels:
     with damage_reported(path):
-        series = tiff.series[0]
-        declared = _declared_size(tiff)
+        series = _slices(tiff.series) or tiff.series[0]
+        declared = _declared_size(tiff) if series in tiff.series else None
         num_pages, whole = len(series.pages), all(_is_whole(page) for page in series.pages)
     contiguous = series.dataoffset is not None  # ImageJ's large stacks have one page header for all
     found = series.size if contiguous else num_pages * series.keyframe.size
@@ -71,7 +70,8 @@ def _voxels(path: Path, tiff: tifffile.TiffFile, channel: int | None, time: int 
             "some of their pages or bytes are missing; copy or export it again."
         )
     index = stack_index(series.axes, series.shape, path, channel, time)
-    _refuse_several(path, tiff)
+    if series in tiff.series:
+        _refuse_several(path, tiff)
     dtype = np.dtype(series.dtype)
     if contiguous:
         if series.dataoffset + series.nbytes > path.stat().st_size:
@@ -80,7 +80,17 @@ def _voxels(path: Path, tiff: tifffile.TiffFile, channel: int | None, time: int 
         return MappedVoxels(path, dtype.newbyteorder(tiff.byteorder), series.dataoffset, series.shape, index)
     check_declared(path, series.shape, dtype, series.keyframe.chunks)
     with damage_reported(path):
-        return TiffVoxels(path, tiff, index)
+        return TiffVoxels(path, tiff, series, index)
+
+
+def _slices(images: list[tifffile.TiffPageSeries]) -> tifffile.TiffPageSeries | None:
+    """Slices that were written one by one, each as an image of its own, as one stack; None where these are none."""
+    first, *others = images
+    alike = all((other.axes, other.shape, other.dtype) == (first.axes, first.shape, first.dtype) for other in others)
+    if not others or first.axes != "YX" or not alike:
+        return None
+    pages = [image.pages[0] for image in images]
+    return tifffile.TiffPageSeries(pages, shape=(len(pages), *first.shape), dtype=first.dtype, axes="ZYX")
 
 
 def _refuse_several(path: Path, tiff: tifffile.TiffFile) -> None:
