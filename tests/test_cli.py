@@ -747,3 +747,14 @@ def test_a_mask_that_encloses_all_it_does_not_hold_is_refused_as_inverted(vit3d,
     result = vit3d("trace", written(tmp_path / "inverted.tif", inverted), tmp_path / "a.swc")
     assert_refused(result, "or is enclosed by what does: the mask, or the stack, seems inverted")
     assert not (tmp_path / "a.swc").exists()
+
+
+@pytest.mark.slow
+def test_where_there_is_no_room_that_is_said_and_nothing_is_left(tmp_path, checkpoint):
+    stack = written(tmp_path / "a.tif", np.random.default_rng(0).integers(0, 255, (12, 96, 96)).astype(np.uint8))
+    small = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+    for words in (("segment", stack, tmp_path / "p.tif"), ("reconstruct", stack, "--out", tmp_path / "new")):
+        run = process(*words, "--model", checkpoint, code=small + "from vit3d.cli import main; main()")
+        assert (run.returncode, "Traceback" in run.stderr) == (2, False)
+        assert run.stderr.splitlines()[-1].startswith("vit3d: There is no room left for what is written")
+    assert files(tmp_path) == {"a.tif"}

@@ -220,6 +220,7 @@ def test_a_source_that_is_no_checkpoint_is_refused(tmp_path):
         ({"hidden_size": "x"}, "'hidden_size' expected int"),
         ({"num_attention_heads": 0}, "must divide by `num_attention_heads` 0"),
         ({"patch_size": 0}, "cannot be read as a 2D ViT"),
+        ({"num_hidden_layers": 1}, r"has layers that its config does not say: \['layers.1"),
     ],
 )
 def test_a_source_whose_config_is_broken_is_refused(tiny_vit, tmp_path, fields, sentence):
@@ -240,6 +241,11 @@ def test_one_grey_level_for_all_colours_is_taken_as_it_is_and_a_word_is_not(tiny
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": 0.5, "image_std": [0.2, 0.3, 0.4]}))
     config = inflated(str(tmp_path)).config
     assert (config.image_mean, config.image_std) == pytest.approx((0.5, 0.3))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": 0, "image_std": 1}))
+    config = inflated(str(tmp_path)).config
+    assert (config.image_mean, config.image_std) == (0, 1)
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    assert_refused(tmp_path, "cannot be read as a 2D ViT .*preprocessor_config.json")
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": "grey"}))
     assert_refused(tmp_path, r"cannot be read as a 2D ViT \(TypeError")
 

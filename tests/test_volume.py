@@ -711,7 +711,7 @@ def test_slices_that_were_written_one_by_one_are_a_stack(tmp_path, options):
     assert (read_volume(path).voxels == voxels).all()
     assert (open_volume(path).voxels[2:5, 7:20, 3:9] == voxels[2:5, 7:20, 3:9]).all()
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(ValueError, match="is cut short|is incomplete"):
+    with pytest.raises(ValueError, match=r"is cut short|is incomplete"):
         read_volume(path)
     with tifffile.TiffWriter(path) as file:
         for plane in (voxels[0], voxels[1].astype(np.float32)):

@@ -1,5 +1,6 @@
 """What people type -> what the verbs take. Every ValueError names the flag or the file, and what came."""
 
+import errno
 import math
 import os
 import warnings
@@ -14,6 +15,7 @@ from .volume import SUFFIXES, Volume, is_stack, loaded, named_stacks, open_volum
 SWC_SUFFIXES = (".swc", ".eswc")
 Box = tuple[slice, slice, slice]
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LARGE_UM = 100.0  # no light microscope samples a neuron this coarsely,
 _SMALL_UM = 0.005  # or this finely
 _SMALLEST_SHAPE = (8, 32, 32)
@@ -185,6 +187,9 @@ def sentence(error: Exception) -> str:
     """What the error says, on one line."""
     if isinstance(error, MemoryError):
         return f"there is not enough memory ({error}); crop the stack or use a larger machine."
+    if isinstance(error, OSError) and error.errno in _FULL:
+        place = f" on the disk of {error.filename}" if error.filename else ""
+        return f"There is no room left{place} for what is written ({error.strerror}): free some, or choose another."
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}."
     return " ".join(str(error).split())

@@ -2,6 +2,8 @@
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -45,9 +47,8 @@ class Reconstruction:
 
         swc, on_disk = out / f"{name}.swc", isinstance(self.probability.voxels, LazyVoxels)
         refuse_foreign(swc, forest, WRITTEN_BESIDE[: 1 if on_disk else None])
-        out.mkdir(parents=True, exist_ok=True)
         unit = swc_unit or self.tree.unit
-        with TemporaryDirectory(prefix=f".{name}.", suffix=".partial", dir=out) as folder:
+        with _made(out), TemporaryDirectory(prefix=f".{name}.", suffix=".partial", dir=out) as folder:
             whole = Path(folder)
             for path, tree in swc_files(self.tree, whole / swc.name, forest):
                 write_swc(tree, path, unit=unit)
@@ -62,6 +63,20 @@ class Reconstruction:
             for path in written:
                 os.replace(path, out / path.name)
         tell_of_earlier(swc, {path.name for path in written}, ("_probability.tif" if on_disk else "_probability.zarr",))
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """The folder; a new one goes again where nothing came into it."""
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if new:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+        raise
 
 
 def reconstruct(

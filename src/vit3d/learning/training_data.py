@@ -108,7 +108,8 @@ def training_volumes(
 
     Simulated ones lie on the grid on which `reconstruct` would show them to the network. One volume at a time is in
     memory, and what `store` already holds is not made again. A pair that cannot be read, or whose gold does not lie on
-    its image, is left out, with a warning that says why; so are shifts reported. ValueError: no pair is left, or nothing at all.
+    its image, is left out, with a warning that says why; so are shifts reported. ValueError: no pair is left, or
+    nothing at all.
     """
     volumes, left_out = [], []
     processor = processor or ViT3DImageProcessor.from_config(network)

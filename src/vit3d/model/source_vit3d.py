@@ -1,5 +1,8 @@
 """The 2D ViT that a network starts from, a Hub id or a folder: its config, its weights, or why it is none."""
 
+import re
+from pathlib import Path
+
 import torch
 from transformers import AutoConfig, ViTModel
 from transformers.image_processing_base import ImageProcessingMixin
@@ -41,6 +44,8 @@ def vit_state(source: str) -> dict[str, torch.Tensor]:
         raise ValueError(f"`source` {source!r} has weights of other sizes than its config says: {misfits[:3]}.")
     if report["missing_keys"]:
         raise ValueError(f"`source` {source!r} lacks weights of a ViT: {sorted(report['missing_keys'])}.")
+    if surplus := sorted(key for key in report["unexpected_keys"] if re.search(r"\blayers?\.\d", key)):
+        raise ValueError(f"`source` {source!r} has layers that its config does not say: {surplus[:3]}.")
     return encoder.state_dict()
 
 
@@ -69,9 +74,11 @@ def _inherited_fields(source: str, vit) -> dict:
     try:
         processor, _ = ImageProcessingMixin.get_image_processor_dict(source)
     except OSError:
+        if Path(source, "preprocessor_config.json").is_file():
+            raise  # a broken one
         processor = {}  # a bare checkpoint: the config's defaults are ImageNet's, which DINO and DeiT use
     for name in ("image_mean", "image_std"):
-        if values := processor.get(name):
+        if (values := processor.get(name)) is not None:
             values = values if isinstance(values, list) else [values]
             inherited[name] = sum(values) / len(values)
     return inherited
