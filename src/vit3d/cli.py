@@ -565,7 +565,7 @@ def train(
     data: Annotated[
         str,
         typer.Option(
-            help="Folder of NAME.tif + NAME.swc or NAME_label.tif, or gold166 as it unpacks; SWCs are in voxels "
+            help="Folder of NAME.tif + NAME.swc, NAME_mask.tif or NAME_label.tif, or gold166 as it unpacks; SWCs are in voxels "
             "where they say no unit. Left out: simulated neurons alone."
         ),
     ] = "",

@@ -5,7 +5,8 @@
   end in `.eswc`. The newest stamp counts. What was made from a gold (`*_resampled*`, `*_radiusreestimated*`),
   `consensus*` and what tracers wrote is no gold unless asked for.
 - a flat folder: `NAME.tif` beside `NAME.swc`.
-- partial annotation: `NAME.tif` beside `NAME_label.tif` (TRAILMAP's codes) or `NAME_mask.tif` (0 and another value).
+- partial annotation: `NAME.tif` beside `NAME_label.tif` (TRAILMAP's codes) or `NAME_mask.tif` (0 and other
+  whole numbers, or two values).
 
 Nothing here looks into a stack.
 """
