@@ -414,3 +414,13 @@ def test_a_stack_and_a_tree_named_as_ome_are_a_pair(vit3d, tmp_path):
 def test_a_header_with_two_spacings_is_refused_with_its_file(vit3d, tmp_path):
     (tmp_path / "two.swc").write_text("# spacing_um (z, y, x): 1.0, 0.5\n1 3 0 0 0 1 -1\n")
     assert_refused(vit3d("measure", tmp_path / "two.swc"), "two.swc has a header whose spacing is not three positive")
+
+
+def test_files_of_one_name_in_two_folders_are_told_apart(vit3d, tmp_path):
+    tree = NeuronTree([(0, 0, 0), (0, 0, 20)], [1, 1], [-1, 0], unit="um")
+    paths = [tmp_path / name for name in ("a/neuron.swc", "b/neuron.swc", "other.swc")]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        write_swc(tree, path)
+    _, printed, _ = vit3d("measure", *paths)
+    assert [row["name"] for row in csv.DictReader(io.StringIO(printed))] == [str(paths[0]), str(paths[1]), "other"]

@@ -485,10 +485,11 @@ def measure(
     if all(tree.unit == "um" or (tree.unit and tree.spacing_um) for tree in trees.values()):
         trees = {path: tree.to("um") for path, tree in trees.items()}
     refuse_mixed_units(trees)
-    rows = []
+    rows, names = [], [path.stem for path in trees]
     for path, tree in trees.items():
+        name = path.stem if names.count(path.stem) == 1 else str(path)
         crossings = zip(*sholl(tree, sholl_step), strict=True) if sholl_step is not None else ()
-        rows.append({"name": path.stem, **run(tree), **{f"sholl_{radius:g}": int(n) for radius, n in crossings}})
+        rows.append({"name": name, **run(tree), **{f"sholl_{radius:g}": int(n) for radius, n in crossings}})
     keys = list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.DictWriter(sys.stdout, keys, restval=0, lineterminator="\n")
     writer.writeheader()
@@ -565,8 +566,8 @@ def train(
     data: Annotated[
         str,
         typer.Option(
-            help="Folder of NAME.tif + NAME.swc, NAME_mask.tif or NAME_label.tif, or gold166 as it unpacks; SWCs are in voxels "
-            "where they say no unit. Left out: simulated neurons alone."
+            help="Folder of NAME.tif + NAME.swc, NAME_mask.tif or NAME_label.tif, or gold166 as it unpacks; SWCs are "
+            "in voxels where they say no unit. Left out: simulated neurons alone."
         ),
     ] = "",
     init: Annotated[

@@ -176,7 +176,7 @@ class NeuronTree:
         keeps its voxel coordinates, a tree in voxels its place in um."""
         factor = np.broadcast_to(np.asarray(factor, np.float64), 3)
         if not (np.isfinite(factor).all() and (factor > 0).all()):
-            raise ValueError(f"a tree is scaled by positive numbers, got {factor.tolist()}; `flipped` mirrors.")
+            raise ValueError(f"a tree is scaled by positive numbers, got {factor.tolist()}; --flip mirrors.")
         spacing = self.spacing_um
         if spacing is not None:
             spacing = tuple(np.array(spacing) * (factor if self.unit == "um" else 1 / factor))

@@ -112,7 +112,8 @@ def survey(data_dir: str | Path, *, gold: str | None = None, spacing_table: str 
         spacings, files = SpacingTable.read(table), [*files, table]
         said = [spacings.of(row) for row in rows]
         if spacing_table and not any(said):
-            raise ValueError(f"{table} says nothing of any neuron in {root}: it names {_few(spacings.facts)}.")
+            known = "states no whole size of" if spacings.facts.keys() & {row["name"] for row in rows} else "names"
+            raise ValueError(f"{table} says nothing of any neuron in {root}: it {known} {_few(spacings.facts)}.")
         rows = [{**row, **facts} for row, facts in zip(rows, said, strict=True)]
     return Survey(_named(rows), sorted(alone), files)
 
