@@ -409,6 +409,8 @@ def test_a_stack_and_a_tree_named_as_ome_are_a_pair(vit3d, tmp_path):
     (row,) = find_pairs(tmp_path)
     assert (row["name"], Path(row["swc"]).name) == ("j", "j.ome.swc")
     assert by_name(tmp_path, SWC_SUFFIXES).keys() == {"j"}
+    (tmp_path / "j.swc").write_bytes((tmp_path / "j.ome.swc").read_bytes())
+    assert by_name(tmp_path, SWC_SUFFIXES).keys() == {"j", "j.ome"}
 
 
 def test_a_header_with_two_spacings_is_refused_with_its_file(vit3d, tmp_path):

@@ -713,8 +713,9 @@ def test_slices_that_were_written_one_by_one_are_a_stack(tmp_path, options):
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(ValueError, match=r"is cut short|is incomplete"):
         read_volume(path)
-    with tifffile.TiffWriter(path) as file:
-        for plane in (voxels[0], voxels[1].astype(np.float32)):
-            file.write(plane)
-    with pytest.raises(ValueError, match="is a 2D image"):
-        read_volume(path)
+    for other, ome in ((np.float32, False), (voxels.dtype, True)):  # nor two positions
+        with tifffile.TiffWriter(path, ome=ome) as file:
+            for plane in (voxels[0], voxels[1].astype(other)):
+                file.write(plane)
+        with pytest.raises(ValueError, match="is a 2D image"):
+            read_volume(path)

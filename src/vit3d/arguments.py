@@ -131,7 +131,10 @@ def pairs(predicted: Path, gold: Path) -> list[tuple[str, Path, Path]]:
 def by_name(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     """The folder's files of these types by their name without suffix; hidden ones are passed over."""
     files = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in suffixes and not p.name.startswith(".")]
-    return {swc_name(path): path for path in files} if suffixes is SWC_SUFFIXES else named_stacks(files)
+    if suffixes is not SWC_SUFFIXES:
+        return named_stacks(files)
+    names = [swc_name(path) for path in files]  # as their stacks, but where two would have one name
+    return {name if names.count(name) == 1 else path.stem: path for name, path in zip(names, files, strict=True)}
 
 
 def stack_named(place: Path | None, name: str) -> Path | None:

@@ -59,7 +59,7 @@ def open_tiff(path: Path, channel: int | None, time: int | None = None) -> tuple
 
 def _voxels(path: Path, tiff: tifffile.TiffFile, channel: int | None, time: int | None) -> LazyVoxels:
     with damage_reported(path):
-        series = _slices(tiff.series) or tiff.series[0]
+        series = _slices(tiff) or tiff.series[0]
         declared = _declared_size(tiff) if series in tiff.series else None
         num_pages, whole = len(series.pages), all(_is_whole(page) for page in series.pages)
     contiguous = series.dataoffset is not None  # ImageJ's large stacks have one page header for all
@@ -83,11 +83,12 @@ def _voxels(path: Path, tiff: tifffile.TiffFile, channel: int | None, time: int 
         return TiffVoxels(path, tiff, series, index)
 
 
-def _slices(images: list[tifffile.TiffPageSeries]) -> tifffile.TiffPageSeries | None:
-    """Slices that were written one by one, each as an image of its own, as one stack; None where these are none."""
-    first, *others = images
+def _slices(tiff: tifffile.TiffFile) -> tifffile.TiffPageSeries | None:
+    """Slices that were written one by one, each as an image of its own, as one stack; None where these are none. Images
+    that OME lists are positions of the stage."""
+    first, *others = images = tiff.series
     alike = all((other.axes, other.shape, other.dtype) == (first.axes, first.shape, first.dtype) for other in others)
-    if not others or first.axes != "YX" or not alike:
+    if not others or first.axes != "YX" or not alike or tiff.is_ome:
         return None
     pages = [image.pages[0] for image in images]
     return tifffile.TiffPageSeries(pages, shape=(len(pages), *first.shape), dtype=first.dtype, axes="ZYX")
