@@ -395,8 +395,8 @@ def test_a_lost_chunk_of_the_input_is_an_error_unless_it_is_declared(network, tm
     "change, said",
     [
         ({"spacing": (1.0, 0.3, 0.4)}, r"spacing_um was \[1.0, 0.3, 0.3\] and is now \[1.0, 0.3, 0.4\]"),
-        ({"voxels": lambda v: v + 1}, "input.sample was"),
-        ({"voxels": lambda v: with_one_other(v)}, "input.sample was"),
+        ({"voxels": lambda v: v + 1}, "other settings: the voxels of the input are others"),
+        ({"voxels": lambda v: with_one_other(v)}, "other settings: the voxels of the input are others"),
         ({"voxels": lambda v: v[:-1]}, r"input.shape was \[70, 150, 130\] and is now \[69, 150, 130\]"),
         ({"voxels": lambda v: v.astype(np.uint16)}, "input.dtype was uint8 and is now uint16"),
         ({"model": "other"}, "identity.model was"),
