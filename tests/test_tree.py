@@ -176,7 +176,7 @@ def test_a_stated_unit_fills_a_silent_header_and_may_not_contradict_one(tmp_path
 def test_a_header_with_a_spacing_that_is_no_spacing_is_refused(tmp_path):
     path = tmp_path / "tree.swc"
     path.write_text("# spacing_um (z, y, x): 1, wide, 1\n1 2 0 0 0 1 -1\n")
-    with pytest.raises(ValueError, match="spacing is no number"):
+    with pytest.raises(ValueError, match="spacing is not three positive numbers"):
         read_swc(path)
 
 
