@@ -122,7 +122,7 @@ def simulate_neuron(
     microscope: Microscope | None = None,
 ) -> tuple[Volume, NeuronTree]:
     """A stack (Z, Y, X) of one neuron and its true tree: in um, inside the volume, with one root per stem or
-    one at the soma. The same arguments give the same voxels.
+    one at the soma. The same arguments give the same voxels, on one kind of machine; on another, other noise.
 
     polarity: "bright" on dark, or "dark": the same stack inverted. ValueError for anything else, and for a
     shape or a spacing that is not three positive numbers.
