@@ -22,13 +22,15 @@ SPACING = (1.0, 0.5, 0.5)
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> str:
-    """A tiny network that has learned nothing."""
+    """A tiny network that has learned nothing, and is unsure everywhere: so there are trees."""
     from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     config = ViT3DConfig(**sizes, fused_layers=(1, 2), volume_size=(8, 32, 32), patch_size=(4, 8, 8))
     folder = tmp_path_factory.mktemp("checkpoint")
-    ViT3DForNeuronSegmentation(config).save_pretrained(folder)
+    network = ViT3DForNeuronSegmentation(config)
+    network.head.classifier.bias.data.zero_()
+    network.save_pretrained(folder)
     return str(folder)
 
 

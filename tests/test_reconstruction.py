@@ -66,9 +66,11 @@ class Photograph(torch.nn.Module):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> str:
-    """A tiny network that has learned nothing."""
+    """A tiny network that has learned nothing, and is unsure everywhere."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    ViT3DForNeuronSegmentation(CONFIG).save_pretrained(folder)
+    network = ViT3DForNeuronSegmentation(CONFIG)
+    network.head.classifier.bias.data.zero_()
+    network.save_pretrained(folder)
     return str(folder)
 
 
