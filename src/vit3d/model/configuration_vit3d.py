@@ -65,7 +65,7 @@ class ViT3DConfig(PreTrainedConfig):
         if not FROM_THE_HUB:
             kwargs.pop("custom_pipelines", None)  # ours is registered; the entry would ask for `trust_remote_code`
         super().__post_init__(**kwargs)
-        for validate in (self.validate_sizes, self.validate_prediction, self.validate_layers):
+        for validate in (self.validate_sizes, self.validate_prediction, self.validate_numbers, self.validate_layers):
             validate()  # `strict` does it too, but wraps the sentence in an error that is no ValueError
 
     def save_pretrained(self, save_directory: str | Path, *args, **kwargs):
@@ -113,19 +113,26 @@ class ViT3DConfig(PreTrainedConfig):
                 f"needs depth {self.volume_size[0]}."
             )
 
+    def validate_numbers(self):
+        for name in ("hidden_size", "intermediate_size", "num_channels", "head_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` is a probability, from 0 to 1; got {getattr(self, name)}.")
+        for name in ("image_std", "layer_norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        if not math.isfinite(self.image_mean):
+            raise ValueError(f"`image_mean` must be a number, got {self.image_mean}.")
+
     def validate_layers(self):
         if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`hidden_size` {self.hidden_size} must divide by `num_attention_heads` {self.num_attention_heads}."
             )
-        if min(self.num_channels, self.head_channels) < 1:
-            raise ValueError(
-                f"`num_channels` {self.num_channels} and `head_channels` {self.head_channels} must be at least 1."
-            )
         if len(self.position_grid) != 2 or min(self.position_grid) < 1:
             raise ValueError(f"`position_grid` {self.position_grid} must be two numbers, rows and columns.")
-        if not 0 < self.image_std < math.inf:
-            raise ValueError(f"`image_std` must be positive, got {self.image_std}.")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` {self.hidden_act!r} is no activation that transformers knows.")
         if not self.fused_layers or not all(1 <= depth <= self.num_hidden_layers for depth in self.fused_layers):
