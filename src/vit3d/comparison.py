@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .annotations.gold import align_gold, check_bounds, lies_on_image, likely_cause, without_untraced
+from .annotations.gold import align_gold, check_place, without_untraced
 from .model.intensity_vit3d import measure
 from .scoring import score_trees
 from .tree import NeuronTree
@@ -54,15 +54,11 @@ def _refuse_other_spacing(volume: Volume, predicted: NeuronTree, gold: NeuronTre
 
 def _warn_if_elsewhere(name: str, gold: NeuronTree, volume: Volume, polarity: str) -> None:
     """What is not of this stack is aligned with whatever is bright in it."""
-    cause = None
     try:
-        check_bounds(gold, volume.shape, name)
-        if len(gold) and not lies_on_image(gold, volume, polarity=polarity):
-            cause = f"{name}: {likely_cause(gold, volume, polarity=polarity)}"
-    except ValueError as outside:
-        cause = str(outside)
-    if cause:
-        warnings.warn(f"{cause} The aligned scores mean little.", stacklevel=3)
+        if len(gold):
+            check_place(gold, volume, name, polarity=polarity)
+    except ValueError as elsewhere:
+        warnings.warn(f"{elsewhere} The aligned scores mean little.", stacklevel=3)
 
 
 def means(groups: list[list[dict]]) -> list[dict]:

@@ -161,15 +161,14 @@ def write_volume(volume: Volume, path: str | Path) -> None:
 def stack_name(path: str | Path) -> str:
     """A stack's name without the suffixes of its formats: `a.ome.tif`, `a.tif.v3dpbd` -> `a`; `a.extract_5` stays."""
     name = Path(path).name
-    while Path(name).suffix.lower() in SUFFIXES:
+    while Path(name).suffix.lower() in (*SUFFIXES, ".ome"):
         name = Path(name).stem
-        name = name[:-4] if name.lower().endswith(".ome") and len(name) > 4 else name
     return name
 
 
 def swc_name(path: str | Path) -> str:
     """The name of the stack that an SWC beside it is of: `a.ome.swc`, `a.swc`, `a.tif.swc` -> `a`."""
-    return stack_name(Path(path).stem + SUFFIXES[0])
+    return stack_name(Path(path).stem)
 
 
 def named_stacks(paths: list[Path]) -> dict[str, Path]:

@@ -10,7 +10,7 @@ from ..targets import labels_from_codes, labels_from_mask
 from ..tree import NeuronTree, read_swc
 from ..volume import Volume, open_volume, read_volume
 from .file_facts import digest
-from .gold import align_gold, check_bounds, lies_on_image, likely_cause
+from .gold import align_gold, check_bounds, check_place
 from .pairs import is_mask
 
 
@@ -27,7 +27,13 @@ def examine(row: dict, *, align: bool = True, keep_misplaced: bool = False) -> d
     except (ValueError, OSError) as error:
         if row["name"] in str(error):
             raise
-        raise type(error)(f"{row['name']}: {error}") from None
+        raise type(error)(said_of(row, error)) from None
+
+
+def said_of(row: dict, error: Exception) -> str:
+    """What the error says, with the row's name."""
+    said = f"{error.filename}: {error.strerror}." if isinstance(error, OSError) and error.filename else str(error)
+    return said if row["name"] in said else f"{row['name']}: {said}"
 
 
 def _examined(row: dict, align: bool, keep_misplaced: bool) -> dict:
@@ -47,8 +53,8 @@ def _examined(row: dict, align: bool, keep_misplaced: bool) -> dict:
     polarity = facts["polarity"] = measure(volume.voxels).polarity
     if align:
         facts["shift_vox"] = tuple(align_gold(tree, volume, polarity=polarity)[1].tolist())
-    if not keep_misplaced and not lies_on_image(tree, volume, polarity=polarity):
-        raise ValueError(f"{row['name']}: {likely_cause(tree, volume, polarity=polarity)}")
+    if not keep_misplaced:
+        check_place(tree, volume, row["name"], polarity=polarity)
     return facts
 
 

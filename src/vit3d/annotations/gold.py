@@ -74,6 +74,13 @@ def check_bounds(tree: NeuronTree, shape: tuple[int, int, int], name: str, *, ma
         )
 
 
+def check_place(tree: NeuronTree, volume: Volume, name: str, *, polarity: str = "bright") -> None:
+    """ValueError, one sentence with the likely cause: a trace that `check_bounds` refuses, or that lies on nothing."""
+    check_bounds(tree, volume.shape, name)
+    if not lies_on_image(tree, volume, polarity=polarity):
+        raise ValueError(f"{name}: {likely_cause(tree, volume, polarity=polarity)}")
+
+
 def lies_on_image(tree: NeuronTree, volume: Volume, *, polarity: str = "bright") -> bool:
     """Whether the trace, shifted to its best place, is among the brightest of the image.
 

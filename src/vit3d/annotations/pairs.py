@@ -5,8 +5,7 @@
   end in `.eswc`. The newest stamp counts. What was made from a gold (`*_resampled*`, `*_radiusreestimated*`),
   `consensus*` and what tracers wrote is no gold unless asked for.
 - a flat folder: `NAME.tif` beside `NAME.swc`.
-- partial annotation: `NAME.tif` beside `NAME_label.tif` (TRAILMAP's codes) or `NAME_mask.tif` (0 and other
-  whole numbers, or two values).
+- voxel by voxel: `NAME.tif` beside `NAME_label.tif` (TRAILMAP's codes, in part) or `NAME_mask.tif`.
 
 Nothing here looks into a stack.
 """
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ..volume import SUFFIXES, stack_name, swc_name
+from ..volume import SUFFIXES, stack_name
 from .file_facts import stamp
 
 TEST_SHARE = 0.2
@@ -282,8 +281,8 @@ def _parsed(name: str) -> tuple[str, str, str]:
     """An SWC's file name -> (image's bare name, "neuron2" or "", stamp as digits or "")."""
     match = _STAMPED.fullmatch(name)
     if match:
-        return swc_name(match["image"] + ".swc"), match["part"] or "", match["stamp"].replace("_", "")
-    return swc_name(_PLAIN.fullmatch(name)["image"] + ".swc"), "", ""
+        return stack_name(match["image"]), match["part"] or "", match["stamp"].replace("_", "")
+    return stack_name(_PLAIN.fullmatch(name)["image"]), "", ""
 
 
 def _newest(swc: Path) -> tuple[str, int, str]:

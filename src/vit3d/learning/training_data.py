@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ..annotations import annotation
 from ..annotations.file_facts import size, stamp
-from ..annotations.gold import align_gold, check_bounds, lies_on_image, likely_cause, untraced_structure
+from ..annotations.gold import align_gold, check_place, untraced_structure
 from ..annotations.pairs import find_pairs, split_name, splits_of
 from ..model.configuration_vit3d import ViT3DConfig
 from ..model.image_processing_vit3d import ViT3DImageProcessor
@@ -117,7 +117,7 @@ def training_volumes(
         try:
             volumes.append(prepared(store, _key(row, config), lambda row=row: _made_ready(row, config, processor)))
         except (ValueError, OSError) as error:
-            left_out.append(_with_name(error, row))
+            left_out.append(annotation.said_of(row, error))
     if left_out and not volumes:
         raise ValueError(f"No pair of {config.data} can be trained on: {' '.join(left_out)}")
     if left_out:
@@ -149,20 +149,11 @@ def crop_dataset(data: str | Path, network: ViT3DConfig, length: int, store: str
     return CropDataset(volumes, weights, ViT3DImageProcessor.from_config(network), length, asked.seed, network)
 
 
-def _with_name(error: Exception, row: dict) -> str:
-    said = f"{error.filename}: {error.strerror}." if isinstance(error, OSError) and error.filename else str(error)
-    return said if row["name"] in said else f"{row['name']}: {said}"
-
-
 def warn_of_shifts(shifts: dict[str, tuple[float, ...]]) -> None:
     """Say which golds are moved onto their images, by how many voxels (z, y, x)."""
     moved = [f"{name} ({', '.join(f'{step:g}' for step in shift)})" for name, shift in shifts.items() if any(shift)]
     if moved:
         warnings.warn(f"Moved onto their images, by voxels (z, y, x): {', '.join(moved)}.", stacklevel=3)
-
-
-class MisplacedError(ValueError):
-    """A gold that does not lie on its image."""
 
 
 @dataclass(frozen=True)
@@ -178,16 +169,13 @@ class Pair:
 def read_pair(row: dict, spacing_um=None, *, align: bool = True, keep_misplaced: bool = False) -> Pair:
     """The pair of a row that has an SWC.
 
-    ValueError: the gold has nodes outside the stack. MisplacedError: it does not lie on what is bright there. Neither
-    with `keep_misplaced`.
+    ValueError: as `check_place`, but not with `keep_misplaced`.
     """
     volume = read_stack(row, spacing_um)
     polarity = measure(volume.voxels).polarity
     gold = annotation.read_gold(row, volume, align=False)
     if not keep_misplaced:
-        check_bounds(gold, volume.shape, row["name"])
-        if not lies_on_image(gold, volume, polarity=polarity):
-            raise MisplacedError(f"{row['name']}: {likely_cause(gold, volume, polarity=polarity)}")
+        check_place(gold, volume, row["name"], polarity=polarity)
     gold, shift_vox = align_gold(gold, volume, polarity=polarity) if align else (gold, np.zeros(3))
     return Pair(volume, gold, polarity, tuple(shift_vox.tolist()))
 
