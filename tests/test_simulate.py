@@ -1,5 +1,8 @@
 """Simulated neurons lie where their tree says, and the seed decides everything."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +24,17 @@ def test_the_same_seed_gives_the_same_voxels_and_another_seed_others():
     assert_array_equal(tree_again.points, tree.points)
     other, _ = simulate_neuron(seed=4, shape=SHAPE)
     assert (other.voxels != volume.voxels).mean() > 0.2
+
+
+def test_another_kind_of_processor_gives_the_same_voxels():
+    told = "from hashlib import md5; from vit3d.simulate import random_neuron, simulate_neuron;"
+    told += f"stacks = [simulate_neuron(seed=3)[0], *(random_neuron(seed, {SHAPE})[0] for seed in range(4))];"
+    told += "print(*(md5(stack.voxels.tobytes()).hexdigest() for stack in stacks))"
+    older = {"OPENBLAS_CORETYPE": "Prescott", "NPY_DISABLE_CPU_FEATURES": "X86_V4,X86_V3,AVX512F,AVX2,FMA3"}
+    command = [sys.executable, "-c", told]
+    first, second = (subprocess.check_output(command, env=os.environ | extra).split() for extra in ({}, older))
+    assert len(first) == 5
+    assert first == second
 
 
 @pytest.mark.parametrize("seed", range(8))

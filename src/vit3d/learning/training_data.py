@@ -26,7 +26,7 @@ from .training_config import TrainingConfig
 MIN_RADIUS_VOX = 1.5  # thinner than that a neurite has no inside for a network that paints patches
 THICKEST_VOX = 8.0  # radius to which a simulated neurite is labelled: its radii are true, unlike many golds'
 _SIMULATED_SEEDS = 10_000  # neurons of one training seed; nobody trains on the seeds below the first of them
-_SIMULATION = 3  # goes up when neurons are simulated, cut or labelled otherwise: what a store holds is then old
+_SIMULATION = 4  # goes up when neurons are simulated, cut or labelled otherwise: what a store holds is then old
 _LARGEST_SIMULATED = (128, 384, 384)  # voxels (z, y, x) kept of a simulated neuron: on finer ones all would fill a disk
 
 
