@@ -7,13 +7,12 @@ larger than memory is in `blockwise`.
 import sys
 from functools import partial
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from .model.image_processing_vit3d import ViT3DImageProcessor
 from .model.inference_vit3d import predict
-from .model.intensity_vit3d import IntensityStatistics
+from .model.intensity_vit3d import IntensityStatistics, check_finite
 from .volume import Volume, refuse_other_than_volume
 
 
@@ -38,13 +37,10 @@ def segment(
 
     Windows have the size the network was trained with and share half of their depth and a patch in the plane; a patch
     is painted once, from the mean of its tokens. A volume smaller than a window is padded by repeating its border.
-    ValueError for NaN or infinite voxels.
+    ValueError for NaN, infinite voxels and those beyond float32.
     """
     refuse_other_than_volume(volume)
-    if volume.voxels.dtype.kind == "f" and not all(
-        np.isfinite(np.asarray(volume.voxels[z])).all() for z in range(volume.shape[0])
-    ):
-        raise ValueError("The volume holds NaN or infinite voxels; replace them before use.")
+    check_finite(volume.voxels)
     model = model.eval() if device is None else model.eval().to(device)
     probability = predict(
         model,

@@ -11,6 +11,7 @@ from .formats.lazy_voxels import LazyVoxels, check_memory
 from .formats.slice_folder import holds_slices, open_slices
 from .formats.tiff import open_tiff, write_tiff
 from .formats.vaa3d import open_vaa3d
+from .model.intensity_vit3d import check_finite
 
 _TIFF_SUFFIXES = (".tif", ".tiff", ".btf", ".tf8", ".lsm")
 _VAA3D_SUFFIXES = (".v3draw", ".v3dpbd")
@@ -131,8 +132,7 @@ def loaded(volume: Volume, where: str | Path = "The volume") -> Volume:
     finally:
         getattr(volume.voxels, "close", lambda: None)()
     voxels = np.ascontiguousarray(voxels, dtype=voxels.dtype.newbyteorder("="))
-    if voxels.dtype.kind == "f" and not all(np.isfinite(plane).all() for plane in voxels):
-        raise ValueError(f"{where} holds NaN or infinite voxels; replace them before use.")
+    check_finite(voxels, str(where))
     return Volume(voxels, volume.spacing_um)
 
 

@@ -25,7 +25,7 @@ from ..model.canvas_vit3d import Job
 from ..model.head_vit3d import HALO
 from ..model.image_processing_vit3d import ViT3DImageProcessor
 from ..model.inference_vit3d import batches, occupied_windows, predict_box, window_plan, windows_of
-from ..model.intensity_vit3d import IntensityStatistics
+from ..model.intensity_vit3d import IntensityStatistics, check_finite
 from ..volume import Volume
 from .block_store import BlockStore, Box, Index, create, partial_path
 from .leases import EXPIRY_S, Leases
@@ -297,8 +297,7 @@ class _Run:
     def _voxels(self, box: Box) -> np.ndarray:
         with self._timed("read"):
             voxels = np.asarray(self.volume.voxels[box])
-        if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
-            raise ValueError(f"The volume holds NaN or infinite voxels in {_said(box)}; replace them before use.")
+        check_finite(voxels, where=f" in {_said(box)}")
         return voxels
 
     def _probability(self, index: Index, part: Part, jobs: list[Job]) -> np.ndarray | None:

@@ -8,6 +8,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from vit3d.formats.lazy_voxels import LazyVoxels, pieces
+from vit3d.model.intensity_vit3d import check_finite
 from vit3d.volume import Volume
 
 LIKELY = 0.5  # foreground of a probability lies above it
@@ -53,7 +54,7 @@ def find_level(volume: Volume, threshold: float | str | Level = "auto") -> tuple
     """What counts as foreground for a `threshold`, and the volume, smoothed where the level is found in grey levels.
 
     "auto": 0.5 of a probability (all in [0, 1]), halfway in a mask, else found; "intensity": found; a level stays.
-    Whoever blanks part of a volume finds the level before. ValueError: NaN or infinite voxels.
+    Whoever blanks part of a volume finds the level before. ValueError: as `check_finite`.
     """
     if isinstance(threshold, Level):
         return volume, threshold
@@ -156,12 +157,11 @@ def slabs(voxels):
 
 def _survey(voxels) -> tuple[float, float, bool]:
     """Least and largest value; and whether voxels from 0 to 1 look like a stack that was scaled: a network, or a
-    classifier, is mostly sure of what it finds. Integers are a mask. ValueError: NaN or infinite voxels."""
+    classifier, is mostly sure of what it finds. Integers are a mask. ValueError: as `check_finite`."""
     low, high, sure, seen = np.inf, -np.inf, 0, 0
     for _, part in slabs(voxels):
         low, high = min(low, float(part.min())), max(high, float(part.max()))
-        if not np.isfinite(float(part.min()) + float(part.max())):
-            raise ValueError("The volume holds NaN or infinite voxels: replace them before tracing.")
+        check_finite(np.array([[part.min(), part.max()]]))
         if high > _SEEN and voxels.dtype.kind == "f":
             seen += np.count_nonzero(part > _SEEN)
             sure += np.count_nonzero(part > LIKELY)

@@ -73,12 +73,12 @@ def measure(voxels, polarity: str = "auto") -> IntensityStatistics:
 
     Many stacks have a cleaned background (median, MAD, even the 99th percentile are 0), so the bright level is
     taken from the voxels that leave the background, and never equals it. Voxels that were never imaged are left out.
-    ValueError: a polarity that there is not, NaN or infinite voxels among those that are looked at.
+    ValueError: a polarity that there is not, or as `check_finite` among the voxels that are looked at.
     """
     check_polarity(polarity)
     slabs = sampled(voxels)
-    if any(slab.dtype.kind == "f" and not np.isfinite(slab).all() for slab in slabs):
-        raise ValueError("The volume holds NaN or infinite voxels; replace them before use.")
+    for slab in slabs:
+        check_finite(slab)
     fill, middle = _fill(slabs)
     # blurred neighbours say the same, and a million voxels all; one in so many, other columns in each row and slice
     thin = 1 + sum(slab.size for slab in slabs) // _MEASURED_VOXELS
@@ -127,6 +127,19 @@ def check_polarity(polarity: str) -> None:
     """ValueError: there is no such polarity."""
     if polarity not in ("auto", "bright", "dark"):
         raise ValueError(f"`polarity` must be 'auto', 'bright' or 'dark', got {polarity!r}.")
+
+
+def check_finite(voxels, what: str = "The volume", where: str = "") -> None:
+    """Voxels of any kind, read slice by slice. ValueError, one sentence about `what`, and `where` it is: they hold NaN
+    or infinities, or values that float32, in which everything is computed, does not."""
+    if voxels.dtype.kind != "f":
+        return
+    with np.errstate(over="ignore"):
+        planes = (np.asarray(voxels[z]) for z in range(voxels.shape[0]))
+        bad = next((plane for plane in planes if not np.isfinite(plane.astype(np.float32, copy=False)).all()), None)
+    if bad is not None:
+        found = f"voxels beyond {np.finfo(np.float32).max:.1e}" if np.isfinite(bad).all() else "NaN or infinite voxels"
+        raise ValueError(f"{what} holds {found}{where}; replace them before use.")
 
 
 def normalize(voxels, statistics: IntensityStatistics, mean: float = 0.0, std: float = 1.0) -> np.ndarray:

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .image_processing_vit3d import ViT3DImageProcessor
 from .inference_vit3d import predict
+from .intensity_vit3d import check_finite
 
 TASK = "neuron-segmentation"
 
@@ -116,11 +117,9 @@ def _checked(stack):
     voxels = stack if hasattr(stack, "shape") and not isinstance(stack, torch.Tensor) else np.asarray(stack)
     if len(voxels.shape) != 3 or 0 in voxels.shape:
         raise ValueError(f"A stack is (depth, height, width) and not empty, got shape {tuple(voxels.shape)}.")
-    kind = np.dtype(voxels.dtype).kind
-    if kind not in "buif":
+    if np.dtype(voxels.dtype).kind not in "buif":
         raise ValueError(f"A stack holds integers or floats, got {voxels.dtype}.")
-    if kind == "f" and not all(np.isfinite(np.asarray(voxels[z])).all() for z in range(voxels.shape[0])):
-        raise ValueError("The stack holds NaN or infinite voxels; replace them before use.")
+    check_finite(voxels, "The stack")
     return voxels
 
 
