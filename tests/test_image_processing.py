@@ -138,6 +138,14 @@ def test_logits_become_masks_cut_back_to_the_stack(processor):
     assert first.shape == (7, 30, 37)
     assert second.all()
     assert not processor.post_process_semantic_segmentation(outputs, threshold=0.9)[1].any()
+    with pytest.raises(ValueError, match="one size per stack: 2, got 1"):
+        processor.post_process_semantic_segmentation(outputs, target_sizes=[(7, 30, 37)])
+
+
+@pytest.mark.parametrize("absurd", [{"image_std": 0}, {"image_mean": np.nan}, {"volume_size": (16, 100, 112)}])
+def test_what_no_network_could_have_is_refused(absurd):
+    with pytest.raises(ValueError, match=f"`{next(iter(absurd))}`"):
+        ViT3DImageProcessor(**absurd)
 
 
 def test_the_processor_of_a_network_has_its_sizes_and_survives_saving(tmp_path):

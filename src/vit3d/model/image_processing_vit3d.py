@@ -4,8 +4,11 @@ import numpy as np
 from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
+from .configuration_vit3d import ViT3DConfig
 from .foreground_vit3d import foreground, occupied_patches
 from .intensity_vit3d import IntensityStatistics, check_polarity, measure, normalize
+
+_SHARED = ("volume_size", "patch_size", "image_mean", "image_std", "prediction")  # with the network's config
 
 
 class ViT3DImageProcessor(BaseImageProcessor):
@@ -38,16 +41,16 @@ class ViT3DImageProcessor(BaseImageProcessor):
         check_polarity(polarity)
         self.volume_size = tuple(volume_size)
         self.patch_size = tuple(patch_size)
-        self.image_mean = image_mean
-        self.image_std = image_std
+        self.image_mean = float(image_mean)
+        self.image_std = float(image_std)
         self.polarity = polarity
         self.prediction = prediction
+        ViT3DConfig(**{name: getattr(self, name) for name in _SHARED})  # refuses what no network could have
 
     @classmethod
     def from_config(cls, config, **kwargs) -> "ViT3DImageProcessor":
         """The processor that fits a network's config."""
-        names = ("volume_size", "patch_size", "image_mean", "image_std", "prediction")
-        return cls(**{name: getattr(config, name) for name in names}, **kwargs)
+        return cls(**{name: getattr(config, name) for name in _SHARED}, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As any processor, and with it the code: it works where vit3d is not installed."""
@@ -111,9 +114,14 @@ class ViT3DImageProcessor(BaseImageProcessor):
         return labels[:, depth // 2][:, None]
 
     def post_process_semantic_segmentation(self, outputs, target_sizes=None, threshold: float = 0.5) -> list:
-        """Logits -> one bool mask (depth, height, width) per stack, cut back to `target_sizes` where given."""
+        """Logits -> one bool mask (depth, height, width) per stack, cut back to `target_sizes` where given.
+
+        ValueError: not one size per stack.
+        """
         masks = outputs.logits[:, 0].sigmoid() > threshold
         sizes = target_sizes if target_sizes is not None else [mask.shape for mask in masks]
+        if len(sizes) != len(masks):
+            raise ValueError(f"`target_sizes` needs one size per stack: {len(masks)}, got {len(sizes)}.")
         return [mask[tuple(slice(0, n) for n in size)] for mask, size in zip(masks, sizes, strict=True)]
 
 
