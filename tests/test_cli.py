@@ -497,9 +497,9 @@ def test_a_flag_that_would_be_passed_over_is_refused(vit3d, tmp_path, checkpoint
     for flags in (("--level", "1"), ("--box", "64,64,64"), ("--threads", "2"), ("--force",)):
         refused = vit3d("segment", path, tmp_path / "p.tif", "--model", checkpoint, *flags)
         assert_refused(refused, f"{flags[0]} is for OUT.zarr")
-    for flag in ("--plot", "--image"):
-        place = path if flag == "--image" else tmp_path / "p.png"
-        assert_refused(vit3d("score", path, path, flag, place), "are for trees")
+    assert vit3d("score", path, path)[0] == 0
+    for flag, value in {"--plot": tmp_path / "p.png", "--image": path, "--threshold": 3, "--gold-unit": "um"}.items():
+        assert_refused(vit3d("score", path, path, flag, value), f"{flag} is for trees")
     assert files(tmp_path) == {"a.tif"}
 
 
@@ -715,6 +715,12 @@ def test_a_crop_gives_a_tree_in_coordinates_of_the_whole_stack(vit3d, tmp_path):
     vit3d("trace", path, tmp_path / "c.swc", "--crop", "2:11,10:30,4:", "--swc-unit", "voxel", "--root", "86,20,6")
     rooted = read_swc(tmp_path / "c.swc")
     assert abs(rooted.points[rooted.parents < 0] - [6, 20, 86]).max() <= 4
+
+
+def test_a_crop_that_ends_beyond_the_stack_is_said(vit3d, tmp_path):
+    path = written(tmp_path / "a.tif")
+    assert "beyond" not in vit3d("trace", path, tmp_path / "a.swc", "--crop", "0:12,0:40,0:96")[2]
+    assert "beyond the stack of (12, 40, 96)" in vit3d("trace", path, tmp_path / "a.swc", "--crop", "0:12,0:41,0:96")[2]
 
 
 def test_nothing_is_traced_outside_the_mask(vit3d, tmp_path):

@@ -153,6 +153,7 @@ def test_folders_are_scored_by_name_with_a_mean_and_a_picture_each(vit3d, tmp_pa
         line(tmp_path / folder / "b.swc", shift=shift)
         write_volume(Volume(np.zeros((3, 4, 5), np.uint8)), tmp_path / folder / "a.tif")
     line(tmp_path / "gold" / "c.swc")
+    line(tmp_path / "found" / "a.eswc", shift=9.0)
     (tmp_path / "plots").mkdir()
     command = ("score", tmp_path / "found", tmp_path / "gold")
     status, printed, said = vit3d(*command, "--json", "--plot", tmp_path / "plots")
@@ -161,6 +162,7 @@ def test_folders_are_scored_by_name_with_a_mean_and_a_picture_each(vit3d, tmp_pa
     assert (a["name"], b["name"], mean["name"]) == ("a", "b", "mean")
     assert (a["f1"], b["f1"], mean["f1"]) == (1, 0, 0.5)
     assert "Not scored, for want of a partner: c." in said
+    assert "Passed over, beside an SWC of the same name: a.eswc." in said
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["a.png", "b.png"]
     assert [row.split()[0] for row in vit3d(*command)[1].splitlines()] == ["name", "a", "b", "mean"]
 

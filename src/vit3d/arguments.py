@@ -129,12 +129,16 @@ def pairs(predicted: Path, gold: Path) -> list[tuple[str, Path, Path]]:
 
 
 def by_name(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
-    """The folder's files of these types by their name without suffix; hidden ones are passed over."""
+    """The folder's files of these types by their name without suffix; hidden ones are passed over, and so is, with a
+    warning, an ESWC beside an SWC of its name."""
     files = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in suffixes and not p.name.startswith(".")]
     if suffixes is not SWC_SUFFIXES:
         return named_stacks(files)
     names = [swc_name(path) for path in files]  # as their stacks, but where two would have one name
-    return {name if names.count(name) == 1 else path.stem: path for name, path in zip(names, files, strict=True)}
+    found = {name if names.count(name) == 1 else path.stem: path for name, path in zip(names, files, strict=True)}
+    if beside := sorted({path.name for path in files} - {path.name for path in found.values()}):
+        warnings.warn(f"Passed over, beside an SWC of the same name: {', '.join(beside)}.", stacklevel=2)
+    return found
 
 
 def stack_named(place: Path | None, name: str) -> Path | None:
@@ -291,6 +295,8 @@ def box_of(text: str | None, shape: tuple[int, ...]) -> Box:
         raise ValueError(f"--crop takes z0:z1,y0:y1,x0:x1 in voxels, got {text!r}.") from None
     if any(axis.stop <= axis.start for axis in box):
         raise ValueError(f"--crop {text} is empty in a stack of {shape} voxels (Z, Y, X).")
+    if any(stop is not None and stop > size for (_, stop), size in zip(ends, shape, strict=True)):
+        warnings.warn(f"--crop {text} ends beyond the stack of {shape} voxels (Z, Y, X): cut there.", stacklevel=2)
     return box
 
 

@@ -407,7 +407,9 @@ def score(
     predicted_unit: PredictedUnit = None,
     gold_unit: GoldUnit = None,
     spacing: Spacing = None,
-    threshold: Annotated[float, typer.Option(help="Voxels from which on a point is far.")] = 2.0,
+    threshold: Annotated[
+        float | None, typer.Option(help="Trees: voxels from which on a point is far; default 2.")
+    ] = None,
     image: Annotated[
         Path | None,
         typer.Option(help="The stack (or their folder): scores once more against the gold aligned to it."),
@@ -428,14 +430,17 @@ def score(
         raise ValueError("Folders are scored with a folder for --image and one that exists for --plot.")
     if plot is not None and not in_folders:
         new_file(plot, ".png")
+    for_trees = {"--threshold": threshold, "--image": image, "--plot": plot}
+    for_trees |= {"--predicted-unit": predicted_unit, "--gold-unit": gold_unit}
     for name, first, second in pairs(predicted, gold):
         picture = plot / f"{name}.png" if plot is not None and in_folders else plot
         try:
             if is_swc(first):
                 trees = read_trees(first, second, predicted_unit, gold_unit, spacing, several=in_folders)
-                groups.append(_scored(name, *trees, threshold, stack_named(image, name), spacing, picture))
-            elif plot is not None or image is not None:
-                raise ValueError(f"--plot and --image are for trees; {first} is none.")
+                far = 2.0 if threshold is None else threshold
+                groups.append(_scored(name, *trees, far, stack_named(image, name), spacing, picture))
+            elif ignored := [flag for flag, value in for_trees.items() if value is not None]:
+                raise ValueError(f"{', '.join(ignored)} is for trees; {first} is none.")
             else:
                 masks = (read_stack(path, spacing, notice=False) for path in (first, second))
                 groups.append([{"name": name, **score_masks(*masks)}])
