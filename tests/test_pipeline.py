@@ -12,12 +12,17 @@ import torch
 from numpy.testing import assert_array_equal
 from transformers import AutoConfig, AutoModelForSemanticSegmentation, pipeline
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from unlike_stacks import unlike_stack
 from vit3d import (
     ViT3DConfig,
     ViT3DForNeuronSegmentation,
     ViT3DImageProcessor,
     Volume,
+    load_checkpoint,
     read_swc,
+    reconstruct,
+    score_trees,
     segment,
     trace,
     write_volume,
@@ -73,16 +78,25 @@ def test_a_stack_of_any_size_gives_what_segment_gives(saved, shape):
     assert expected.any()
 
 
-def test_the_tree_is_the_one_that_trace_gives_and_its_text_is_an_swc(segmenter, tmp_path):
+def test_the_tree_is_the_one_that_reconstruct_gives_and_its_text_is_an_swc(segmenter, tmp_path):
     volume = Volume(fibre(20, 50, 60), (1.0, 0.5, 0.5))
     found = segmenter(volume)
-    expected = trace(Volume(found["probability"], volume.spacing_um))
+    expected = reconstruct(segmenter.model, volume).tree
     assert len(expected) > 1
     assert_array_equal(found["tree"].points, expected.points)
     (tmp_path / "found.swc").write_text(found["swc"])
     tree = read_swc(tmp_path / "found.swc")
     assert (tree.unit, tree.spacing_um) == ("um", (1.0, 0.5, 0.5))
     np.testing.assert_allclose(tree.points, expected.points, atol=0.01)
+
+
+def test_the_tree_is_the_one_that_reconstruct_gives_where_other_cells_lie_out_of_focus():
+    volume, truth = unlike_stack("crowd", 762)
+    model, processor = load_checkpoint("vit3d-tiny")
+    found = pipeline(TASK, model=model, image_processor=processor)(volume)
+    assert_array_equal(found["tree"].points, reconstruct(model, volume, processor=processor).tree.points)
+    assert score_trees(found["tree"], truth)["f1"] > 0.8
+    assert score_trees(trace(Volume(found["probability"], volume.spacing_um)), truth)["f1"] < 0.2
 
 
 def test_an_array_a_volume_and_a_file_give_the_same(segmenter, tmp_path):

@@ -21,6 +21,8 @@ _HOMES = {
     "write_swc": "tree",
     "segment": "segmentation",
     "trace": "tracing",
+    "reconstruct": "reconstruction",
+    "load_checkpoint": "checkpoint",
     "score_trees": "scoring",
     "score_masks": "scoring",
     "simulate_neuron": "simulate",

@@ -112,7 +112,7 @@ def reconstruct(
     seen = _in_memory(as_trained(part, model.config))
     probability = segment(model, seen, processor=processor, statistics=statistics, select=select)
     allowed = None if mask is None else Volume(np.asarray(mask[box]) != 0, part.spacing_um)
-    tree, reviews = _traced(_allowed(probability, allowed), part, statistics, tracing)
+    tree, reviews = traced(_allowed(probability, allowed), part, statistics, tracing)
     probability = _allowed(_in_memory(on_grid_of(probability, part)), allowed)
     return Reconstruction(
         part, probability, place(tree, box), placed_reviews(reviews, tree, box), statistics.polarity, box
@@ -160,7 +160,7 @@ def reconstruct_on_disk(
             build_pyramid(store)
         probability = open_volume(store)
         allowed = None if mask is None else Volume(_ones(VoxelsWithin(mask, box)), part.spacing_um)
-        tree, reviews = _traced(_allowed(probability, allowed), part, statistics, tracing)
+        tree, reviews = traced(_allowed(probability, allowed), part, statistics, tracing)
     probability = on_grid_of(probability, part)
     reviews = placed_reviews(reviews, tree, box)
     return Reconstruction(part, probability, place(tree, box), reviews, statistics.polarity, box)
@@ -231,8 +231,9 @@ def _unsigned(dtype: np.dtype) -> np.dtype:
     return np.dtype(f"u{dtype.itemsize}") if dtype.kind == "i" else dtype
 
 
-def _traced(probability: Volume, part: Volume, statistics, tracing: dict) -> tuple[NeuronTree, list[Review]]:
-    """The tree of the probability, whose voxels may be finer than those of the stack that it lies in.
+def traced(probability: Volume, part: Volume, statistics, tracing: dict) -> tuple[NeuronTree, list[Review]]:
+    """The tree of the probability, whose voxels may be finer than those of the stack that it lies in, the `part`;
+    `statistics` are the stack's grey levels.
 
     Of several, the one with most cable and light of its own is the neuron. Pieces that stay trees of their own are
     noise up to as many of the stack's voxels. One tree alone would lose by that: what can be joined to it is no noise.

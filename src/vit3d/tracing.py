@@ -53,8 +53,9 @@ def trace(
 
     Coordinates, lengths and the tree are in um where the volume knows its spacing, else in voxels (then read
     every `_um` here as voxels too). Parents come before children; `confidence` is the mean probability around
-    each node; a soma, where a blob stands out, is one node of type 1. Background that the neuron encloses on all sides,
-    an unlabelled nucleus say, is taken for neuron where it is at most 32 voxels wide.
+    each node; a soma, where a blob stands out, is one node of type 1. Of several trees that cannot be joined, the one
+    with most cable is kept (`vit3d.reconstruct` asks the stack which is the neuron). Background that the neuron
+    encloses on all sides, an unlabelled nucleus say, is taken for neuron where it is at most 32 voxels wide.
 
     threshold: foreground lies above it; "auto" is 0.5 for a probability, as which voxels count that all lie from 0 to
     1, and for intensities, which are smoothed by about a voxel first, it is found; "intensity" finds it whatever their

@@ -24,8 +24,8 @@ class NeuronSegmentationPipeline(Pipeline):
 
     Takes a numpy array (or what slices like one: a Zarr array, a memory map), a path, a `vit3d.Volume`, or a list
     of these. Gives a dict, or a list of them: `probability` (float32) and `mask` (bool), both of the stack's shape,
-    and where vit3d is installed `tree`, a `NeuronTree`, and `swc`, its text. It works on the stack's own voxels; of
-    coarse ones `vit3d reconstruct`, which refines them, makes more.
+    and where vit3d is installed `tree`, a `NeuronTree`, and `swc`, its text: those of `vit3d reconstruct`, but it works
+    on the stack's own voxels; of coarse ones `vit3d reconstruct`, which refines them, makes more.
 
     Args, of the pipeline or of a call:
         spacing_um: voxel size (z, y, x); overrides what a file or a `Volume` says.
@@ -72,9 +72,10 @@ class NeuronSegmentationPipeline(Pipeline):
         def progress(batches: list):
             return logging.tqdm(batches, desc="segment", unit="batch", disable=None, leave=False)
 
-        options = {"select": select, "batch_size": windows, "progress": progress}
+        statistics = self.image_processor.measure(inputs["voxels"])
+        options = {"statistics": statistics, "select": select, "batch_size": windows, "progress": progress}
         probability = predict(self.model, inputs["voxels"], processor=self.image_processor, **options)
-        return {"probability": probability, "spacing_um": inputs["spacing_um"]}
+        return {**inputs, "statistics": statistics, "probability": probability}
 
     def postprocess(self, outputs: dict, threshold: float = 0.5, trace: bool | None = None) -> dict:
         probability = outputs["probability"]
@@ -83,7 +84,9 @@ class NeuronSegmentationPipeline(Pipeline):
         if trace and vit3d is None:
             raise ValueError("A tree needs vit3d itself: pip install vit3d-neuron, or leave `trace` out.")
         if vit3d is not None:
-            found["tree"] = vit3d.trace(vit3d.Volume(probability, outputs["spacing_um"]), threshold=0.5)
+            volumes = (vit3d.Volume(voxels, outputs["spacing_um"]) for voxels in (probability, outputs["voxels"]))
+            traced = importlib.import_module("vit3d.reconstruction").traced
+            found["tree"], _ = traced(*volumes, outputs["statistics"], {})
             found["swc"] = _swc_text(found["tree"], vit3d.write_swc)
         return found
 
