@@ -1,5 +1,7 @@
 """Stack -> normalised tensor with its token mask; logits -> probability."""
 
+from numbers import Real
+
 import numpy as np
 from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
@@ -41,8 +43,10 @@ class ViT3DImageProcessor(BaseImageProcessor):
         check_polarity(polarity)
         self.volume_size = tuple(volume_size)
         self.patch_size = tuple(patch_size)
-        self.image_mean = float(image_mean)
-        self.image_std = float(image_std)
+        for name, value in (("image_mean", image_mean), ("image_std", image_std)):
+            if not isinstance(value, Real):
+                raise ValueError(f"`{name}` must be one number, that of grey, got {value}.")
+            setattr(self, name, float(value))
         self.polarity = polarity
         self.prediction = prediction
         ViT3DConfig(**{name: getattr(self, name) for name in _SHARED})  # refuses what no network could have
