@@ -494,7 +494,7 @@ def test_the_folder_of_a_training_names_its_checkpoints(vit3d, tmp_path):
 
 def test_a_flag_that_would_be_passed_over_is_refused(vit3d, tmp_path, checkpoint):
     path = written(tmp_path / "a.tif")
-    for flags in (("--level", "1"), ("--box", "64,64,64"), ("--threads", "2"), ("--force",)):
+    for flags in (("--memory-budget", "1"), ("--box", "64,64,64"), ("--threads", "2"), ("--force",)):
         refused = vit3d("segment", path, tmp_path / "p.tif", "--model", checkpoint, *flags)
         assert_refused(refused, f"{flags[0]} is for OUT.zarr")
     assert vit3d("score", path, path)[0] == 0

@@ -521,8 +521,9 @@ def test_input_and_output_in_one_place_are_refused(tmp_path, out):
 
 
 def test_bad_places_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="does not exist; make it first"):
-        segment_path("in.zarr", tmp_path / "nowhere" / "out.zarr")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot be a folder"):
+        segment_path("in.zarr", tmp_path / "file" / "out.zarr")
     with pytest.raises(ValueError, match=r"named OUT\.zarr"):
         segment_path("in.zarr", tmp_path / "out.n5")
     with pytest.raises(FileNotFoundError, match="does not exist"):
@@ -547,8 +548,8 @@ def test_a_place_without_write_permission_is_refused(tmp_path):
         os.setuid(65534)
         try:
             segment_path("in.zarr", tmp_path / "out.zarr")
-        except ValueError as error:
-            return 7 if "no permission to write" in str(error) else 8
+        except PermissionError as error:
+            return 7 if "read-only for you" in str(error) else 8
 
     for folder in (tmp_path, *tmp_path.parents[:-2]):
         folder.chmod(0o755)
@@ -740,6 +741,8 @@ def test_the_command_under_a_launcher_gives_one_store_and_names_what_is_damaged(
     before = files(tmp_path / "out.zarr")
     assert run("vit3d.cli", "segment", "--verify", "out.zarr").stdout == "out.zarr is whole.\n"
     (tmp_path / "out.zarr/0/c/0/1/0").unlink()
+    refused = run("vit3d.cli", "segment", "in.zarr", "out.zarr", "--verify")
+    assert (refused.returncode, "--verify takes the one store" in refused.stderr) == (2, True)
     verified = run("vit3d.cli", "segment", "--verify", "out.zarr")
     assert (verified.returncode, verified.stdout) == (1, "out.zarr/0/c/0/1/0 is missing\n")
     assert "computed 1 boxes" in run("vit3d.cli", "segment", *job).stdout

@@ -25,11 +25,12 @@ _SMALLEST_SHAPE = (8, 32, 32)
 
 
 def read_stack(
-    path: Path, spacing: str | None, channel: int | None = None, *, notice: bool = True, missing_as_fill: bool = False
+    path: Path, spacing: str | None, channel: int | None = None, *, notice: bool = True, **reading
 ) -> Volume:
-    """A stack; with `notice`, one warning when nobody has stated its voxel size, or when it is a strange one."""
-    reading = {"channel": channel, "missing_as_fill": missing_as_fill}
-    volume = read_volume(path, spacing_um=triple(spacing, "--spacing"), **reading)
+    """A stack; with `notice`, one warning when nobody has stated its voxel size, or when it is a strange one.
+
+    `reading` goes to `read_volume`: level, missing_as_fill."""
+    volume = read_volume(path, spacing_um=triple(spacing, "--spacing"), channel=channel, **reading)
     if notice:
         notice_spacing(path, volume)
     return volume

@@ -71,9 +71,6 @@ def processor_of(place: str, config: ViT3DConfig) -> ViT3DImageProcessor:
     if cached_file(place, IMAGE_PROCESSOR_NAME, **lenient) is None:
         return own
     found = ViT3DImageProcessor.from_pretrained(place)
-    for name in ("image_mean", "image_std"):
-        if not isinstance(getattr(found, name), int | float):
-            raise ValueError(f"{IMAGE_PROCESSOR_NAME} has no number as `{name}`, but {getattr(found, name)}.")
     for name in ("volume_size", "patch_size", "prediction"):
         setattr(found, name, getattr(own, name))
     return found
@@ -88,6 +85,13 @@ def _loading(source: str) -> Iterator[None]:
         first_line = str(error).strip().split("\n")[0]
         what = "a vit3d checkpoint" if Path(place_of(source)).is_dir() else "a folder or a model that the Hub gives out"
         raise ValueError(f"{source} is not {what} ({type(error).__name__}: {first_line}).") from error
+
+
+def device_of(device: str, local_rank: int) -> str:
+    """The GPU of one of several processes on a machine, where `device` is "auto"."""
+    if device != "auto" or not torch.cuda.is_available():
+        return device
+    return f"cuda:{local_rank % torch.cuda.device_count()}"
 
 
 def _checked_device(device: str) -> str:

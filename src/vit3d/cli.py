@@ -166,7 +166,7 @@ def reconstruct(
     What is larger than memory is computed into NAME_probability.zarr by as many processes as are started on it
     (`torchrun --no-python vit3d reconstruct ...`, srun, or the same command several times). Started again, it goes on.
     """
-    from .reconstruction import device_of, find_stacks, fits_in_memory, reconstruct_on_disk
+    from .reconstruction import find_stacks, fits_in_memory, reconstruct_on_disk
     from .reconstruction import reconstruct as run
     from .results import WRITTEN_BESIDE, refuse_foreign
     from .tracing import check_lengths
@@ -185,7 +185,7 @@ def reconstruct(
             return out_of_core
         return process["ranks"] > 1 or not fits_in_memory(volume, process["memory_bytes"], box, network.config)
 
-    from .checkpoint import load_checkpoint
+    from .checkpoint import device_of, load_checkpoint
 
     network, processor = load_checkpoint(model, device_of(device, process["local_rank"]), polarity)
     network.config.training_spacing_um = network.config.training_spacing_um if regrid else None
@@ -246,8 +246,10 @@ def segment(
         str | None,
         typer.Option(help="OUT.tif: box z0:z1,y0:y1,x0:x1 in voxels to segment alone; OUT.tif is that box."),
     ] = None,
-    level: Annotated[str | None, typer.Option(help="OUT.zarr: level of a multiscale input, by name.")] = None,
-    memory_budget: Annotated[float, typer.Option(help="OUT.zarr: GiB that this process may use.")] = 4.0,
+    level: Level = None,
+    memory_budget: Annotated[
+        float | None, typer.Option(help="OUT.zarr: GiB that this process may use; default 4.")
+    ] = None,
     box: Annotated[str | None, typer.Option(help="OUT.zarr: write box Z,Y,X, in multiples of 64.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="OUT.zarr: CPU threads of the network.")] = None,
     missing_as_fill: MissingAsFill = False,
@@ -263,6 +265,8 @@ def segment(
     was damaged since is computed again.
     """
     if verify:
+        if out is not None:
+            raise ValueError(f"--verify takes the one store that is looked at, got {stack} and {out}.")
         return _verify(Path(stack))
     if out is None:
         raise ValueError("`vit3d segment` needs the name of what is written: STACK OUT.tif or STACK OUT.zarr.")
@@ -272,17 +276,18 @@ def segment(
 
         if crop is not None:
             raise ValueError("--crop is for TIFF; a store is segmented as a whole.")
-        options = RunOptions(bytes_of(memory_budget), write_box_of(box), threads, force, **launched(os.environ))
+        budget = bytes_of(4.0 if memory_budget is None else memory_budget)
+        options = RunOptions(budget, write_box_of(box), threads, force, **launched(os.environ))
         reading = {"spacing_um": triple(spacing, "--spacing"), "channel": channel, "level": level}
         reading["missing_as_fill"] = missing_as_fill
         outcome = segment_path(stack, out, model=model, polarity=polarity, device=device, options=options, **reading)
         typer.echo(outcome.said())
         return
-    for_stores = {"--level": level, "--box": box, "--threads": threads, "--force": force or None}
+    for_stores = {"--memory-budget": memory_budget, "--box": box, "--threads": threads, "--force": force or None}
     if ignored := [flag for flag, value in for_stores.items() if value is not None]:
         raise ValueError(f"{', '.join(ignored)} is for OUT.zarr, got {out}.")
     out = new_file(out, ".tif", ".tiff", source=stack)
-    volume = read_stack(Path(stack), spacing, channel, missing_as_fill=missing_as_fill)
+    volume = read_stack(Path(stack), spacing, channel, level=level, missing_as_fill=missing_as_fill)
     part = box_of(crop, volume.shape)
     from .checkpoint import load_checkpoint
     from .regridding import warn_of_coarse_voxels

@@ -179,15 +179,6 @@ def _check_tracing(tracing: dict) -> None:
     check_lengths(**{name: length for name, length in tracing.items() if name.endswith("_um")})
 
 
-def device_of(device: str, local_rank: int) -> str:
-    """The GPU of one of several processes on a machine, where `device` is "auto"."""
-    import torch
-
-    if device != "auto" or not torch.cuda.is_available():
-        return device
-    return f"cuda:{local_rank % torch.cuda.device_count()}"
-
-
 def within(volume: Volume, box: Box) -> Volume:
     """`volume.crop(box)`, but of voxels on disk nothing is read."""
     lazy = isinstance(volume.voxels, LazyVoxels)

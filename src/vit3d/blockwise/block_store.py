@@ -102,7 +102,7 @@ class BlockStore:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{folder} is no store that `vit3d segment` wrote (its record cannot be read: {error}); "
-                "choose another name or remove it."
+                "choose another name."
             ) from error
 
     @property

@@ -3,9 +3,8 @@
 import os
 from pathlib import Path
 
-import torch
-
-from ..checkpoint import DEFAULT_MODEL, load_checkpoint
+from ..arguments import make_room, new_folder, notice_spacing
+from ..checkpoint import DEFAULT_MODEL, device_of, load_checkpoint
 from ..regridding import warn_of_coarse_voxels
 from ..volume import open_volume
 from .block_store import BlockStore, partial_path
@@ -30,23 +29,21 @@ def segment_path(
     check_output(out)
     _check_apart(source, out)
     volume = open_volume(source, **reading)
-    if device == "auto" and torch.cuda.is_available():
-        device = f"cuda:{options.local_rank % torch.cuda.device_count()}"
-    network, processor = load_checkpoint(model, device, polarity)
+    network, processor = load_checkpoint(model, device_of(device, options.local_rank), polarity)
     if options.rank == 0:
+        notice_spacing(Path(source), volume)
         warn_of_coarse_voxels(volume, network.config)
-    return segment_store(network, volume, out, processor=processor, options=options)
+    return segment_store(network, volume, make_room(out), processor=processor, options=options)
 
 
 def check_output(out: Path) -> None:
     """Refuse, before work, a place where no store can grow."""
     if out.suffix != ".zarr":
         raise ValueError(f"A volume on disk is segmented into a store named OUT.zarr, got {out}.")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"The folder {out.parent} does not exist; make it first.")
-    nearest = next((place for place in (out, partial_path(out)) if place.exists()), out.parent)
-    if not os.access(nearest, os.W_OK) or not os.access(out.parent, os.W_OK):
-        raise ValueError(f"There is no permission to write {nearest}; choose another place for the output.")
+    new_folder(out.parent)
+    nearest = next((place for place in (out, partial_path(out)) if place.exists()), None)
+    if nearest is not None and not os.access(nearest, os.W_OK):
+        raise PermissionError(f"Nothing can be written to {nearest}: it is read-only for you.")
 
 
 def _check_apart(source: str, out: Path) -> None:
