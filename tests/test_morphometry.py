@@ -162,3 +162,11 @@ def test_a_soma_drawn_as_a_contour_counts_as_one_and_no_measure_holds_it():
     two = NeuronTree([*tree.points, (0, 6, 0)], [*tree.radii, 0.5], [*tree.parents, 1], [*tree.types, 3])
     assert measure(two)["strahler"] == 1
     assert measure(two)["max_branch_order"] == 0
+
+
+def test_sholl_spheres_lie_around_the_middle_of_a_contour_and_its_outline_is_no_crossing():
+    outline = [(0, 10 * np.sin(a), 10 * np.cos(a)) for a in 2 * np.pi * np.arange(10) / 10]
+    points, types = [*outline, (0, 0, 20), (0, 0, 60)], [*[1] * 10, 3, 3]
+    radii, crossings = sholl(NeuronTree(points, np.ones(12), [-1, *range(9), 0, 10], types), 5.0)
+    assert radii[-1] == 60
+    assert (crossings == 1).all()

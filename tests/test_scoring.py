@@ -476,3 +476,40 @@ def test_where_a_tree_is_rooted_decides_no_score():
 def test_identical_trees_need_no_corrections_even_without_cable():
     soma = NeuronTree([(0, 5, 5), (0, 5, 7)], [4, 1], [-1, 0], [1, 3], unit="um", spacing_um=SPACING_UM)
     assert score_trees(soma, soma)["corrections_per_mm"] == 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_how_a_pair_lies_in_space_decides_no_score(seed):
+    """Random trees with cuts, one rejoined elsewhere, mirrored and with axes exchanged."""
+    rng = np.random.default_rng(seed)
+    gold = random_tree(seed, 150)
+    parents = gold.parents.copy()
+    parents[rng.choice(np.arange(20, 150), 12, replace=False)] = -1
+    predicted = replace(gold, points=gold.points + 0.3 * rng.normal(size=gold.points.shape), parents=parents)
+    expected = score_trees(predicted, gold)
+    assert expected["missed_joins"] > 2
+    for mirrored in ((-1, 1, 1), (1, -1, 1), (-1, -1, -1)):
+        pair = (replace(tree, points=(tree.points * mirrored)[:, [1, 2, 0]]) for tree in (predicted, gold))
+        assert score_trees(*pair) == pytest.approx(expected), mirrored
+
+
+def test_a_score_is_the_same_in_um_as_in_voxels_where_distances_tie():
+    spacing = (1.0, 0.33, 0.33)
+    gold = path((0, 7, 7), (0, 7, 17), spacing_um=spacing)
+    short = path((85, 63.5, 51), (85, 63.5, 52.5), (85, 63.5, 55), (85, 68.5, 55), spacing_um=spacing)
+    for pair in ((gold.shifted((0, 4, 0)), gold), (short.take([0, 1, 2]), short)):
+        first, *others = (score_trees(*(tree.to(unit) for tree in pair)) for unit in ("voxel", "um"))
+        assert others == [pytest.approx(first)]
+
+
+def test_the_largest_distance_is_that_of_a_sample():
+    stub = path((0, 3.4, 0), (0, 3, 0))  # an edge shorter than half a voxel has one sample, its child
+    scores = score_trees(stub, line(10))
+    assert scores["distance_max"] == scores["esa_predicted_to_gold"] == 3
+
+
+def test_a_perfect_segmentation_has_the_best_run_length_whether_cells_are_trees_or_one_forest():
+    cells = together(line(9), line(9, y=5))
+    labels = np.zeros((1, 6, 10), int)
+    labels[0, 0], labels[0, 5] = 1, 2
+    assert score_forest([cells], labels)["erl_normalised"] == score_forest(cells.split(), labels)["erl_normalised"] == 1

@@ -96,12 +96,14 @@ def strahler_number(tree: NeuronTree) -> int:
 def sholl(tree: NeuronTree, step: float) -> tuple[np.ndarray, np.ndarray]:
     """Radii (step, 2 step, ...) and how many edges cross each sphere around the soma or first root.
 
-    An edge crosses where one end lies inside (distance < radius) and the other does not.
+    An edge crosses where one end lies inside (distance < radius) and the other does not. A soma of several nodes, a
+    contour say, is one, in their middle.
     """
     if not step > 0:
         raise ValueError(f"the Sholl step must be positive, got {step}.")
     if len(tree) == 0:
         return np.zeros(0), np.zeros(0, int)
+    tree, _ = _with_one_soma(tree.sorted())
     somas = np.flatnonzero(tree.types == SOMA)
     centre = tree.points[somas[0] if len(somas) else np.flatnonzero(tree.parents < 0)[0]]
     distance = np.linalg.norm(tree.points - centre, axis=1) / step
@@ -149,11 +151,14 @@ def measure(tree: NeuronTree) -> dict[str, float]:
 
 
 def _with_one_soma(tree: NeuronTree) -> tuple[NeuronTree, np.ndarray]:
-    """Of each soma the first node alone, with all that hangs on the others; and the rows that stay."""
+    """Of each soma one node, in the middle of its nodes, with all that hangs on them; and the rows that stay."""
     rows = np.arange(len(tree))
     inner = (tree.types == SOMA) & (tree.parents >= 0) & (tree.types[tree.parents] == SOMA)
-    parents = np.where(tree.parents < 0, -1, follow(np.where(inner, tree.parents, rows))[tree.parents])
-    return replace(tree, parents=parents).take(rows[~inner]), rows[~inner]
+    first = follow(np.where(inner, tree.parents, rows))
+    parents = np.where(tree.parents < 0, -1, first[tree.parents])
+    nodes = np.bincount(first)
+    points = np.column_stack([np.bincount(first, column) / np.maximum(nodes, 1) for column in tree.points.T])
+    return replace(tree, points=points, parents=parents).take(rows[~inner]), rows[~inner]
 
 
 def resample(tree: NeuronTree, step: float) -> NeuronTree:

@@ -37,7 +37,7 @@ class SampledTree:
         if length > MAX_SAMPLES:
             raise ValueError(f"a tree is {length:.3g} voxels long; check its unit and spacing.")
         samples = np.ones(size, int)
-        samples[edges] = (1 + tree.edge_lengths + 0.5).astype(int)
+        samples[edges] = (1 + tree.edge_lengths.round(9) + 0.5).astype(int)  # rounded: alike in um and in voxels
         pieces = np.maximum(samples - 1, 1)
         # Each node comes right after the samples between its parent and it.
         node, row_of = np.repeat(np.arange(size), pieces), np.cumsum(pieces) - 1

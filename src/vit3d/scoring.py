@@ -104,6 +104,10 @@ class _Side:
         weights = self.sampled.weights * rows
         return float(np.average(self.distance, weights=weights)) if weights.any() else np.inf
 
+    @property
+    def largest_distance(self) -> float:
+        return float(self.distance.max(initial=0, where=self.sampled.weights > 0))  # the others are no samples
+
     def far_length(self, lengths: np.ndarray) -> float:
         """Sum of the pieces' `lengths`, half of a piece counting with each far end."""
         parents = self.sampled.tree.parents
@@ -123,7 +127,7 @@ def _distance_scores(predicted: _Side, gold: _Side) -> dict[str, float]:
         "esa_gold_to_predicted": means[1],
         "dsa": float(np.mean(far_means)) if far_means else 0.0,
         "pds": (predicted.far_share + gold.far_share) / 2,
-        "distance_max": float(min(side.distance.max(initial=0) for side in (predicted, gold) if len(side.far))),
+        "distance_max": float(min(side.largest_distance for side in (predicted, gold) if len(side.far))),
     }
 
 
@@ -142,7 +146,8 @@ def _ends(tree: NeuronTree) -> np.ndarray:
 def _point_scores(name: str, predicted: np.ndarray, gold: np.ndarray, tolerance: float) -> dict[str, float]:
     """Precision, recall, F1 of the largest one-to-one matching within `tolerance`; nothing in both: 1."""
     if len(predicted) and len(gold):
-        near = cKDTree(predicted).sparse_distance_matrix(cKDTree(gold), tolerance, output_type="coo_matrix")
+        reach = tolerance + 1e-9  # at the tolerance is within, whatever unit the points came from
+        near = cKDTree(predicted).sparse_distance_matrix(cKDTree(gold), reach, output_type="coo_matrix")
         pairs = csr_array((np.ones(near.nnz, np.int8), (near.row, near.col)), shape=near.shape)
         matched = int((maximum_bipartite_matching(pairs) >= 0).sum())
     else:
@@ -192,21 +197,35 @@ def _long_runs(side: _Side, threshold: float) -> np.ndarray:
     run_of = connected_runs(parents, side.far)
     inner = side.far & (parents >= 0) & side.far[parents]
     lengths = np.bincount(run_of[inner], side.sampled.lengths_vox[inner], minlength=run_of.max(initial=-1) + 1)
-    number = np.where(lengths > threshold, np.cumsum(lengths > threshold) - 1, -1)
+    is_long = lengths.round(9) > threshold
+    number = np.where(is_long, np.cumsum(is_long) - 1, -1)
     return np.append(number, -1)[run_of]
 
 
 def _contradictions(side: _Side, in_run: np.ndarray, other: SampledTree, threshold: float) -> int:
-    """How many places of one tree join what the other keeps apart (see `score_trees`)."""
+    """How many places of one tree join what the other keeps apart (see `score_trees`).
+
+    Two that lie on branches side by side are one where the root lies beyond their fork: each connected tree is looked
+    at from both ends of its longest path, and the larger number counts.
+    """
     if len(other.points) == 0 or len(side.far) == 0:
         return 0
-    tree, rows = _rooted_at_tips(side.sampled.tree), np.arange(len(side.far))
+    tree = side.sampled.tree
+    counts = [_contradictions_below(rooted, in_run, side, other, threshold) for rooted in _rooted_at_tips(tree)]
+    part = tree.root_of
+    return int(np.max([np.bincount(part[rows], minlength=len(tree)) for rows in counts], axis=0).sum())
+
+
+def _contradictions_below(tree: NeuronTree, in_run, side: _Side, other: SampledTree, threshold: float) -> np.ndarray:
+    """One row of each place that joins what the other tree keeps apart, as the tree is rooted."""
+    rows = np.arange(len(tree))
     above = _climb(tree.parents, path_lengths(tree), 10 * threshold)
     runs_above = path_sums(tree, in_run)
     one = rows[runs_above == runs_above[above]]
     one = one[other.way(side.nearest[one], side.nearest[above[one]]) > 20 * threshold]
     run_of = connected_runs(tree.parents, np.isin(rows, one))
-    return len(np.unique(run_of[one][_all_apart(other, tree.points[one], tree.points[above[one]], threshold)]))
+    apart = one[_all_apart(other, tree.points[one], tree.points[above[one]], threshold)]
+    return apart[np.unique(run_of[apart], return_index=True)[1]]
 
 
 def _climb(parents: np.ndarray, distance: np.ndarray, reach: float) -> np.ndarray:
@@ -233,14 +252,11 @@ def _all_apart(other: SampledTree, ones: np.ndarray, others: np.ndarray, thresho
     return apart
 
 
-def _rooted_at_tips(tree: NeuronTree) -> NeuronTree:
-    """Each root moved to an end of its tree's longest path: every way through a root has a top then. To that one of the
-    two that comes first in space, so that where the tree was rooted decides nothing."""
-    ends = np.sort(_furthest(tree))
-    tree = tree.rerooted(ends)
-    both = np.stack([ends, _furthest(tree)])
-    first = [np.lexsort(tree.points[pair].T[::-1])[0] for pair in both.T]
-    return tree.rerooted(both[first, np.arange(len(first))])
+def _rooted_at_tips(tree: NeuronTree) -> tuple[NeuronTree, NeuronTree]:
+    """Each root moved to one end of its tree's longest path, and to the other: every way through a root has a top
+    then, and neither where the tree was rooted nor how it lies decides anything."""
+    one = tree.rerooted(np.sort(_furthest(tree)))
+    return one, one.rerooted(np.sort(_furthest(one)))
 
 
 def _furthest(tree: NeuronTree) -> np.ndarray:
@@ -353,7 +369,8 @@ def score_forest(trees: list[NeuronTree], labels, *, merge_nodes: int = 50) -> d
         splits += int(((ends != above) & (ends > 0) & (above > 0)).sum())
         omitted += length[one.tree.edges][(ends == 0) | (above == 0)].sum()
         squares += _squared_runs(one, length, label, merged)
-    best = sum(length.sum() ** 2 for length in lengths) / total
+    whole = [np.bincount(one.tree.root_of, length) for one, length in zip(sampled, lengths, strict=True)]
+    best = sum((connected**2).sum() for connected in whole) / total
     return {
         "splits": splits,
         "merges": len(merged),
