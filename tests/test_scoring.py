@@ -28,10 +28,7 @@ def line(length: float = 100, y: float = 0, **more) -> NeuronTree:
 
 def together(*trees: NeuronTree) -> NeuronTree:
     """Several trees as one forest."""
-    first = np.cumsum([0, *map(len, trees)])
-    parents = [np.where(t.parents < 0, -1, t.parents + n) for t, n in zip(trees, first, strict=False)]
-    points = np.concatenate([t.points for t in trees])
-    return NeuronTree(points, np.ones(len(points)), np.concatenate(parents), unit=trees[0].unit)
+    return NeuronTree.together(trees)
 
 
 def tee(**more) -> NeuronTree:

@@ -15,6 +15,7 @@ from vit3d.centerlines.level import find_level, intensity_threshold, smoothed
 from vit3d.centerlines.prominence import light_of_its_own, most_prominent_part
 from vit3d.formats.lazy_voxels import LazyVoxels
 from vit3d.model.intensity_vit3d import IntensityStatistics
+from vit3d.morphometry import measure
 from vit3d.reconstruction import masked
 from vit3d.targets import paint
 from vit3d.tracing import trace, trace_with_review
@@ -385,6 +386,27 @@ def test_a_soma_is_one_node_at_its_centre_and_neurites_start_on_its_surface():
     assert first.sum() == 3
     np.testing.assert_allclose(np.linalg.norm(tree.points[first] - centre, axis=1), radius, atol=1.2)
     assert (np.linalg.norm(tree.points[1:] - centre, axis=1) > radius - 1.2).all()
+
+
+def test_a_root_moves_the_root_and_nothing_else_of_a_cell():
+    mask, centre, radius = _cell()
+    volume = Volume(mask, (1.0, 0.33, 0.33))
+    alone = trace(volume)
+    for root in (centre, centre + np.array([0, 0, radius / 2]), alone.points[-1]):
+        found = trace(volume, root=root)
+        assert (found.types == SOMA).sum() == found.num_roots == 1
+        assert measure(found)["length_um"] == pytest.approx(measure(alone)["length_um"])
+        assert found.radii.max() == alone.radii.max()
+    assert found.points[0] == pytest.approx(alone.points[-1])
+
+
+def test_every_cell_of_a_forest_has_its_soma():
+    mask, _, _ = _cell()
+    two = np.concatenate([mask, np.zeros((40, 10, 160), bool), mask], axis=1)
+    cells = trace(Volume(two, (1.0, 0.33, 0.33)), forest=True).split()
+    first, second = map(measure, cells)
+    assert [(cell.types == SOMA).sum() for cell in cells] == [1, 1]
+    assert second == pytest.approx(first, rel=0.01)
 
 
 def _cell(bumps: int = 0) -> tuple[np.ndarray, np.ndarray, float]:

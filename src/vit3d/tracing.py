@@ -14,7 +14,7 @@ from vit3d.centerlines.prominence import most_prominent_part
 from vit3d.centerlines.skeleton import skeletonize
 from vit3d.centerlines.soma import with_hub, with_soma
 from vit3d.morphometry import resample
-from vit3d.tree import NeuronTree, follow
+from vit3d.tree import SOMA, NeuronTree, follow
 from vit3d.volume import Volume, refuse_other_than_volume
 
 MIN_VOXELS = 6  # smaller components are noise, by default
@@ -120,7 +120,8 @@ def trace_with_review(  # noqa: PLR0913 (those of `trace`, and one)
     left_out = _left_out(whole, rows)
     _warn_of_rivals(tree, left_out, root)
     reviews = sorted(_joins(tree, bridges) + _weak_spots(tree, bridges), key=lambda review: review.confidence)
-    tree = with_hub(with_soma(tree, foreground)) if root is None else tree
+    tree = NeuronTree.together([_begun(part, foreground, hub=root is None) for part in tree.split()])
+    tree = tree if root is None else _started(tree, np.array(root))
     tree = tree.sorted() if step_um is None else resample(tree, step_um)
     return tree, left_out + reviews
 
@@ -211,6 +212,18 @@ def _without_stubs(tree: NeuronTree, rows: np.ndarray, bridges: list[np.ndarray]
         if inside[bridge[[0, -1]]].sum() == 1 and (kept_children[bridge[1:-1]] <= 1).all():
             inside[bridge[1:-1]] = False
     return rows[inside[rows]]
+
+
+def _begun(tree: NeuronTree, foreground: Foreground, hub: bool) -> NeuronTree:
+    """One tree with the soma, or the `hub`, that it leaves."""
+    tree = with_soma(tree, foreground)
+    return with_hub(tree) if hub else tree
+
+
+def _started(tree: NeuronTree, root: np.ndarray) -> NeuronTree:
+    """With the node nearest to the root, or the soma around it, as a root again: a soma made itself one."""
+    away = np.linalg.norm(tree.points - root, axis=1) - np.where(tree.types == SOMA, tree.radii, 0)
+    return tree.rerooted(int(away.argmin()))
 
 
 def _nearest(tree: NeuronTree, root: np.ndarray) -> int:

@@ -218,6 +218,16 @@ class NeuronTree:
         cuts = np.flatnonzero(np.diff(root_of[order])) + 1
         return [self.take(rows) for rows in np.split(order, cuts)] if len(self) else []
 
+    @classmethod
+    def together(cls, trees: "list[NeuronTree]") -> "NeuronTree":
+        """At least one tree, of one unit and spacing, as one forest; confidence where all have it."""
+        first = np.cumsum([0, *map(len, trees)])
+        parents = [np.where(t.parents < 0, -1, t.parents + n) for t, n in zip(trees, first, strict=False)]
+        names = ("points", "radii", "types", "confidence")
+        columns = {name: [getattr(tree, name) for tree in trees] for name in names}
+        known = {name: np.concatenate(parts) for name, parts in columns.items() if all(p is not None for p in parts)}
+        return replace(trees[0], parents=np.concatenate(parents), **{"confidence": None, **known})
+
     def sampled(self, step: float = 1.0) -> np.ndarray:
         """(M, 3) points along the tree: int(1 + L / step + 0.5) evenly spaced ones, both ends included, on
         every edge of length L, and every lone node. Step 1 in voxels is Vaa3D's sampling."""
