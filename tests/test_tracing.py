@@ -17,6 +17,7 @@ from vit3d.formats.lazy_voxels import LazyVoxels
 from vit3d.model.intensity_vit3d import IntensityStatistics
 from vit3d.morphometry import measure
 from vit3d.reconstruction import masked
+from vit3d.simulate import random_neuron
 from vit3d.targets import paint
 from vit3d.tracing import trace, trace_with_review
 from vit3d.tree import SOMA, NeuronTree
@@ -223,6 +224,20 @@ def test_a_gap_is_left_open_when_it_is_longer_than_allowed_and_forest_keeps_both
     np.testing.assert_array_equal(both.points[: len(tree)], tree.points)
 
 
+@pytest.mark.parametrize("axis", range(3))
+def test_a_gap_is_as_long_as_what_is_missing_whichever_way_a_neurite_runs(axis):
+    """In voxels of 1 x 0.33 x 0.33 um a tip lies further from the end of its neurite along z."""
+    step = np.array([1.0, 0.33, 0.33])
+    way = np.roll([40.0, 6.0, 6.0], axis)
+    points = np.moveaxis(np.indices(np.rint(way / step).astype(int) + 1), 0, -1) * step
+    tube = np.linalg.norm(np.delete(points - way / 2, axis, -1), axis=-1) <= 0.8
+    missing = np.abs(points[..., axis] - 20) < 1.2  # three slices, or 2.3 um of columns
+    volume = Volume(tube & ~missing, tuple(step))
+    length = [np.ptp(trace(volume, max_gap_um=gap).points[:, axis]) for gap in (1.5, 3.5)]
+    assert length[0] < 20
+    assert length[1] > 36
+
+
 @pytest.mark.parametrize(
     "low, high, dtype", [(0, 255, np.uint8), (0, 2, np.uint16), (-7, 300, np.int16), (-1, 5, float)]
 )
@@ -274,6 +289,14 @@ def test_a_tree_left_out_that_is_not_much_shorter_than_the_one_kept_is_told():
             warnings.simplefilter("error")
             trace(volume, root=(8, 44, 6))
             trace(volume, forest=True)
+
+
+@pytest.mark.parametrize("seed", [1, 4, 7])
+def test_no_node_lies_outside_the_stack(seed):
+    shape = (24, 96, 96)
+    tree = trace(Volume(paint(random_neuron(seed, shape)[1].to("voxel"), shape, min_radius_vox=1)), forest=True)
+    assert (tree.points >= 0).all()
+    assert (tree.points <= np.array(shape) - 1).all()
 
 
 def test_a_mask_that_is_inverted_is_told():

@@ -114,7 +114,7 @@ def trace_with_review(  # noqa: PLR0913 (those of `trace`, and one)
     tree = skeletonize(foreground, min_branch_um or 0.0)
     tree = replace(tree, unit=unit, spacing_um=volume.spacing_um)
     gap = _GAP_VOXELS * step[1:].min() if max_gap_um is None else max_gap_um
-    tree, bridges = join_fragments(tree, volume, level.probability, step, gap)
+    tree, bridges = join_fragments(tree, volume, level, step, gap)
     whole = tree
     tree, bridges, rows = _neuron(whole, bridges, root, forest, light)
     left_out = _left_out(whole, rows)

@@ -1,12 +1,13 @@
 """Gaps: which fragments of a traced neuron belong together, and the route from one to the other."""
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
 from scipy.spatial import cKDTree
 
+from vit3d.centerlines.level import Level
 from vit3d.tree import NeuronTree
 from vit3d.volume import Volume
 
@@ -15,6 +16,7 @@ _MIN_COSINE = 0.3  # no fragment turns more than this (72 degrees) across a gap 
 _BLIND_STEPS = 2.0  # ... unless the gap is so short that voxels say nothing about directions
 _AIM_STEPS = 6.0  # in-plane voxels behind a tip that give its direction
 _SLACK_STEPS = 1.5  # ends are known to about a voxel
+_MOST_STRETCHED = 3.0  # blur along a coarse axis: a tip lies so many radii from where its neurite ends there
 _TRUST = 1.5  # a fragment bridges no gap longer than its own extent times this
 
 
@@ -24,19 +26,19 @@ class Join:
 
     tip: int
     target: int
-    gap: float
 
 
 def join_fragments(
-    forest: NeuronTree, volume: Volume, probability: Callable, step: np.ndarray, max_gap: float
+    forest: NeuronTree, volume: Volume, level: Level, step: np.ndarray, max_gap: float
 ) -> tuple[NeuronTree, list[np.ndarray]]:
     """One root per connected neuron: fragments joined, cheapest gap first, and the rows of each bridge, ends included.
 
-    A gap is measured between the surfaces of its two ends, in the unit of the forest. Its cost is its length,
-    times what it turns, less what the volume (`probability` of its voxels) shows of it.
+    A gap is as long as the part of the straight line between two nodes that lies outside the foreground, in the unit
+    of the forest; up to one and a half of the finest voxels more than `max_gap` are bridged. Its cost is the distance
+    of the surfaces, times what it turns, less what the volume shows of it.
     """
     fragment = forest.root_of
-    joins = _candidates(forest, fragment, volume, probability, step, max_gap)
+    joins = _candidates(forest, fragment, volume, level, step, max_gap)
     group = np.arange(len(forest))
     parents, routes, bridges, used = forest.parents.tolist(), [], [], set()
     for join in joins:
@@ -45,7 +47,7 @@ def join_fragments(
             continue
         group[ends[0]] = ends[1]
         used |= {join.tip, join.target}
-        routes.append(_route(forest, join, volume, probability, step))
+        routes.append(_route(forest, join, volume, level.probability, step))
         bridge = [join.target, *range(len(parents), len(parents) + len(routes[-1])), join.tip]
         parents += bridge[:-2]
         _hang(parents, join.tip, bridge[-2])
@@ -80,7 +82,7 @@ def _find(group: np.ndarray, row: int) -> int:
     return row
 
 
-def _candidates(forest, fragment, volume, probability, step, max_gap) -> list[Join]:
+def _candidates(forest, fragment, volume, level, step, max_gap) -> list[Join]:
     """Every plausible join, cheapest first: for each tip the best node of each other fragment."""
     if max_gap <= 0 or (fragment == fragment[0]).all():
         return []
@@ -93,10 +95,10 @@ def _candidates(forest, fragment, volume, probability, step, max_gap) -> list[Jo
     behind = _behind_tips(forest, tips, _AIM_STEPS * step.min())
     everything = cKDTree(forest.points)
     widest = np.minimum(forest.radii.max(), 2 * max_gap)
+    stretched = min(step.max() / step.min(), _MOST_STRETCHED)
+    reach = max_gap + stretched * (forest.radii[tips] + widest)
     joins = []
-    for tip, near in zip(
-        tips, everything.query_ball_point(forest.points[tips], max_gap + forest.radii[tips] + widest), strict=True
-    ):
+    for tip, near in zip(tips, everything.query_ball_point(forest.points[tips], reach), strict=True):
         near = np.array(near)
         near = near[(fragment[near] != fragment[tip]) & ~behind[near]]
         if not len(near):
@@ -108,17 +110,17 @@ def _candidates(forest, fragment, volume, probability, step, max_gap) -> list[Jo
         facing = np.where(
             outward[near].any(1), -np.einsum("ij,ij->i", across, outward[near]) / np.maximum(length, 1e-9), 1.0
         )
-        seen = _seen_between(forest.points[tip], forest.points[near], volume, probability, step)
+        seen, gap_in_volume = _between(forest.points[tip], forest.points[near], volume, level, step)
         blind = gap <= _BLIND_STEPS * step.min()
         cost = gap * (1 + _TURN * (1 - ahead) + _TURN * (1 - facing) / 2) * (1.2 - seen)
-        allowed = (gap <= max_gap + _SLACK_STEPS * step.min()) & (
+        allowed = (gap_in_volume <= max_gap + _SLACK_STEPS * step.min()) & (
             blind | ((ahead > _MIN_COSINE) & (facing > -_MIN_COSINE))
         )
         allowed &= gap <= _TRUST * np.minimum(extent[fragment[near]], extent[fragment[tip]])
         for other in np.unique(fragment[near[allowed]]):
             rows = np.flatnonzero(allowed & (fragment[near] == other))
             best = rows[cost[rows].argmin()]
-            joins.append((cost[best], Join(int(tip), int(near[best]), float(gap[best]))))
+            joins.append((cost[best], Join(int(tip), int(near[best]))))
     return [join for _, join in sorted(joins, key=lambda pair: (pair[0], pair[1].tip))]
 
 
@@ -162,14 +164,19 @@ def _extents(forest: NeuronTree, fragment: np.ndarray) -> np.ndarray:
     return cable + 2 * thickest
 
 
-def _seen_between(start, ends, volume, probability, step) -> np.ndarray:
-    """(len(ends),) mean probability on the straight lines from `start` (3,) to `ends` (N, 3)."""
-    fraction = np.linspace(0.15, 0.85, 8)
+def _between(start, ends, volume, level, step) -> tuple[np.ndarray, np.ndarray]:
+    """Of the straight lines from `start` (3,) to `ends` (N, 3): (N,) the mean probability on their middle part, and how
+    much of their length is no foreground."""
+    length = np.linalg.norm(ends - start, axis=1)
+    count = max(8, math.ceil(2 * length.max() / step.min()))
+    fraction = (np.arange(count) + 0.5) / count
     points = start + fraction[None, :, None] * (ends[:, None] - start)
     index = np.clip(np.rint(points / step).astype(int), 0, np.array(volume.shape) - 1)
     low, high = index.min((0, 1)), index.max((0, 1)) + 1
     box = np.asarray(volume.voxels[tuple(slice(a, b) for a, b in zip(low, high, strict=True))])
-    return probability(box[tuple(np.moveaxis(index - low, -1, 0))]).mean(1)
+    values = box[tuple(np.moveaxis(index - low, -1, 0))]
+    middle = np.abs(fraction - 0.5) < 0.4
+    return level.probability(values[:, middle]).mean(1), length * (values <= level.threshold).mean(1)
 
 
 def _route(forest: NeuronTree, join: Join, volume, probability, step) -> np.ndarray:

@@ -35,7 +35,8 @@ def skeletonize(foreground: Foreground, min_branch: float) -> NeuronTree:
     )
     skeleton = _smooth(foreground, voxel, parents, starts, owner)
     skeleton = place_junctions(skeleton, starts, foreground)
-    return replace(skeleton, points=foreground.in_volume(skeleton.points / step))
+    index = np.clip(skeleton.points / step, 0, np.array(foreground.shape) - 1)  # stiff curves may leave at a face
+    return replace(skeleton, points=foreground.in_volume(index))
 
 
 def _cost(foreground):
