@@ -440,8 +440,8 @@ def test_the_review_is_in_the_unit_of_the_swc(vit3d, tmp_path):
         assert any(row["kind"] == "left out" for row in um)
         for first, second in zip(um, voxel, strict=True):
             for axis, step in zip("zyx", SPACING, strict=True):
-                assert float(second[f"{axis}_voxel"]) * step == pytest.approx(float(first[f"{axis}_um"]), abs=0.02)
-            assert float(second["length_voxel"]) * SPACING[2] == pytest.approx(float(first["length_um"]), abs=0.02)
+                assert float(second[f"{axis}_vox"]) * step == pytest.approx(float(first[f"{axis}_um"]), abs=0.02)
+            assert float(second["length_vox"]) * SPACING[2] == pytest.approx(float(first["length_um"]), abs=0.02)
 
 
 def as_array(path: Path, voxels) -> Path:

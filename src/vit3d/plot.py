@@ -5,7 +5,6 @@ it (sharing x). y points down, as the stack is stored. The centre of voxel i lie
 """
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy.spatial import cKDTree
 
+from vit3d.formats.appearing import appearing
 from vit3d.formats.lazy_voxels import projection
 from vit3d.formats.tiff import SOFTWARE
 from vit3d.tree import NeuronTree
@@ -245,12 +245,8 @@ def _save(figure: Figure, path: str | Path) -> None:
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"Pictures are written as PNG: the name must end in .png, got {path}.")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        figure.savefig(temporary, format="png", metadata={"Software": SOFTWARE})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with appearing(path) as hidden:
+        figure.savefig(hidden, format="png", metadata={"Software": SOFTWARE})
 
 
 # ---------------------------------------------------------------- what is drawn on it

@@ -2,7 +2,6 @@
 
 import codecs
 import csv
-import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 import tifffile
 from PIL import Image
 
+from .formats.appearing import appearing
 from .formats.tiff import SOFTWARE
 from .swc import written_here
 from .tracing import Review
@@ -91,12 +91,12 @@ def swc_files(tree: NeuronTree, path: Path, forest: bool) -> Iterator[tuple[Path
 
 
 def write_review(reviews: list[Review], path: Path, unit: str | None) -> None:
-    """One row per place to look at, least confident first: kind, x, y, z, length (in the tree's unit), confidence."""
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w", newline="") as file:
+    """One row per place to look at, in their order (see `trace_with_review`): kind, x, y, z and length in `unit`,
+    confidence."""
+    unit = "vox" if unit == "voxel" else unit
+    with appearing(path) as hidden, hidden.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["kind", *(f"{axis}_{unit}" for axis in "xyz"), f"length_{unit}", "confidence"])
         for review in reviews:
             z, y, x = review.point
             writer.writerow([review.kind, *(f"{v:.2f}" for v in (x, y, z, review.length)), f"{review.confidence:.3f}"])
-    os.replace(temporary, path)

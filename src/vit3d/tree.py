@@ -13,6 +13,7 @@ import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import depth_first_order
 
+from vit3d.formats.appearing import appearing
 from vit3d.swc import SwcText, header, node_lines
 
 SOMA = 1
@@ -392,11 +393,6 @@ def write_swc(tree: NeuronTree, path: str | os.PathLike, *, unit: str | None = N
     parent_ids = np.where(tree.parents < 0, -1, tree.parents + 1)
     ids = np.arange(1, len(tree) + 1)
     columns = [ids, tree.types, *tree.points.T[::-1], tree.radii, parent_ids, *confidence]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(header(tree.unit, tree.spacing_um, confidence=bool(confidence), empty=len(tree) == 0))
-            file.writelines(node_lines(np.column_stack(columns)))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with appearing(path) as hidden, open(hidden, "w", encoding="utf-8", newline="\n") as file:
+        file.write(header(tree.unit, tree.spacing_um, confidence=bool(confidence), empty=len(tree) == 0))
+        file.writelines(node_lines(np.column_stack(columns)))

@@ -22,6 +22,7 @@ import zarr
 from numcodecs import Zstd
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from ..formats.appearing import appearing
 from ..formats.lazy_voxels import Box
 from ..formats.ngff import ome_attributes
 
@@ -248,12 +249,7 @@ def _checked(data: bytes) -> bytes:
 
 def _write_file(path: Path, data: bytes) -> None:
     """There as a whole and on disk, or not at all."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with appearing(path) as hidden, hidden.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -14,6 +14,7 @@ import zarr
 from tqdm import tqdm
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from .appearing import appearing
 from .axes import SpacingUm
 from .lazy_voxels import Box, give_back_freed
 from .ngff import levels_of, ome_attributes
@@ -158,6 +159,5 @@ def _name_levels(store: Path, spacing_um, factors: list[_Factor], method: str | 
     metadata = json.loads(file.read_text())
     metadata["attributes"]["ome"] = ome_attributes(store.name.removesuffix(".zarr"), spacing_um, factors, method)
     metadata.pop("consolidated_metadata", None)  # a copy that would go on to name the old levels
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    temporary.write_text(json.dumps(metadata, indent=2))
-    os.replace(temporary, file)
+    with appearing(file) as hidden:
+        hidden.write_text(json.dumps(metadata, indent=2))

@@ -1,7 +1,6 @@
 """TIFF, OME-TIFF, ImageJ TIFF and LSM: what must hold before a voxel is believed, and reading them box by box."""
 
 import math
-import os
 import struct
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 import tifffile
 
+from .appearing import appearing
 from .axes import SpacingUm, spacing_of, stack_index
 from .lazy_voxels import Box, LazyVoxels, MappedVoxels, check_declared, damage_reported
 
@@ -111,12 +111,8 @@ def _refuse_several(path: Path, tiff: tifffile.TiffFile) -> None:
 
 def write_tiff(voxels: np.ndarray, path: Path, spacing_um: SpacingUm | None) -> None:
     """A zlib-compressed TIFF, ImageJ's where its depth and size allow, else OME's; there only when whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        tifffile.imwrite(temporary, voxels, compression="zlib", software=SOFTWARE, **_tiff_header(voxels, spacing_um))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with appearing(path) as hidden:
+        tifffile.imwrite(hidden, voxels, compression="zlib", software=SOFTWARE, **_tiff_header(voxels, spacing_um))
 
 
 def _cut_short(path: Path, what: str, end: int) -> ValueError:

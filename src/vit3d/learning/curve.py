@@ -1,10 +1,11 @@
 """A picture of a training: its loss and rate step by step, and what validation said."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+
+from ..formats.appearing import appearing
 
 _SMOOTHED = 20  # logged losses in a running mean
 
@@ -29,6 +30,5 @@ def plot_training(rows: list[dict], path: Path) -> None:
     below.plot(steps, [row["rate"] for row in logged], color="C2")
     below.set(xlabel="step", ylabel="rate")
     figure.legend(loc="upper right", ncols=3, frameon=False)
-    partial = path.with_name(f"{path.name}.partial")
-    figure.savefig(partial, format="png")
-    os.replace(partial, path)
+    with appearing(path) as hidden:
+        figure.savefig(hidden, format="png")

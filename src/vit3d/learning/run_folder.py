@@ -18,6 +18,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from ..formats.appearing import appearing
 from ..model.image_processing_vit3d import ViT3DImageProcessor
 from ..tables import json_lines
 from .training_config import TrainingConfig
@@ -212,6 +213,5 @@ def _is_empty(path: Path) -> bool:
 
 
 def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    with appearing(path) as hidden:
+        hidden.write_text(text)
