@@ -15,7 +15,7 @@ _TURN = 2.0  # a gap met at a right angle counts as (1 + _TURN) times its length
 _MIN_COSINE = 0.3  # no fragment turns more than this (72 degrees) across a gap ...
 _BLIND_STEPS = 2.0  # ... unless the gap is so short that voxels say nothing about directions
 _AIM_STEPS = 6.0  # in-plane voxels behind a tip that give its direction
-_SLACK_STEPS = 1.5  # ends are known to about a voxel
+_SLACK_STEPS = 0.5  # where a gap ends is known to half a voxel
 _MOST_STRETCHED = 3.0  # blur along a coarse axis: a tip lies so many radii from where its neurite ends there
 _TRUST = 1.5  # a fragment bridges no gap longer than its own extent times this
 
@@ -34,7 +34,7 @@ def join_fragments(
     """One root per connected neuron: fragments joined, cheapest gap first, and the rows of each bridge, ends included.
 
     A gap is as long as the part of the straight line between two nodes that lies outside the foreground, in the unit
-    of the forest; up to one and a half of the finest voxels more than `max_gap` are bridged. Its cost is the distance
+    of the forest; up to half of the finest voxel more than `max_gap` is bridged. Its cost is the distance
     of the surfaces, times what it turns, less what the volume shows of it.
     """
     fragment = forest.root_of
