@@ -28,7 +28,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import get_cosine_schedule_with_warmup
 
 from benchmark_network import PEERS, SPACING_UM
-from transfer_experiment import finished
 from vit3d.annotations.gold import align_gold, without_untraced
 from vit3d.bigneuron import find_pairs
 from vit3d.checkpoint import preferred_dtype
@@ -41,7 +40,7 @@ from vit3d.model.modeling_vit3d import MISSED_SHARE, ViT3DForNeuronSegmentation,
 from vit3d.patches import CropDataset
 from vit3d.scoring import score_trees
 from vit3d.segmentation import segment
-from vit3d.tables import fill_card, markdown_table
+from vit3d.tables import add_json_line, fill_card, json_lines, markdown_table
 from vit3d.tracing import trace
 from vit3d.tree import read_swc
 from vit3d.volume import Volume, read_volume
@@ -253,12 +252,11 @@ def main() -> None:
     runs = [{"network": n, "fold": f, "seed": s} for s in SEEDS for f in FOLDS for n in args.networks.split(",")]
     with tempfile.TemporaryDirectory() as volumes:
         for run in runs:
-            if not any((run | budget | loss).items() <= row.items() for row in finished(store)):
+            if not any((run | budget | loss).items() <= row.items() for row in json_lines(store)):
                 row = perform(run | budget | loss, args, args.scratch or Path(volumes))
-                with store.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                add_json_line(store, row)
                 print(json.dumps(row), flush=True)
-            fill_tables(args.card, finished(store))
+            fill_tables(args.card, json_lines(store))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from vit3d.plot import plot_reconstruction
 from vit3d.reconstruction import inverted, reconstruct
 from vit3d.scoring import score_trees
 from vit3d.simulate import Microscope, Style, random_neuron, simulate_neuron
-from vit3d.tables import fill_card, markdown_table
+from vit3d.tables import fill_card, json_lines, markdown_table
 from vit3d.tracing import trace
 from vit3d.tree import SOMA, read_swc
 from vit3d.volume import read_volume
@@ -178,8 +178,9 @@ def compare(folders: list[Path], args) -> None:
     store = args.card.with_name("candidates.jsonl")
     for folder in folders:
         row = candidate_row(folder.name, scores(str(folder), args.data, args.selected_on, SEEDS))
-        others = map(json.loads, store.read_text().splitlines() if store.exists() else [])
-        rows = sorted([row, *(o for o in others if o["weights"] != folder.name)], key=lambda row: row["weights"])
+        rows = sorted(
+            [row, *(o for o in json_lines(store) if o["weights"] != folder.name)], key=lambda row: row["weights"]
+        )
         store.write_text("".join(json.dumps(row) + "\n" for row in rows))
         rows = [dict.fromkeys(row, "-") | each for each in rows]
         fill_card(args.card, "candidates", markdown_table(rows))  # "-": a kind that there was not yet

@@ -17,7 +17,7 @@ import torch
 
 from vit3d import ViT3DForNeuronSegmentation
 from vit3d.model.image_processing_vit3d import ViT3DImageProcessor
-from vit3d.tables import fill_card, markdown_table
+from vit3d.tables import fill_card, json_lines, markdown_table
 
 SHOWN = ("strategy", "max_steps", "batch_size", "encoder_rate", "head_rate", "weight_decay", "ema_decay")
 SHOWN += ("consistency_weight", "seed")
@@ -27,7 +27,7 @@ KEPT = "kept of the weights before"
 def history(run: Path, kept: float) -> dict:
     """One row: what the run was told, how far it came, how long that took, and the share of the weights before it."""
     config = json.loads((run / "training.json").read_text())
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = json_lines(run / "metrics.jsonl")
     losses = [line["loss"] for line in lines if "loss" in line]
     row = {"start": Path(config["init"]).name, **{key: config.get(key, "-") for key in SHOWN}}
     row |= {

@@ -26,14 +26,16 @@ import numpy as np
 import torch
 
 from vit3d import ViT3DForNeuronSegmentation
+from vit3d.annotations.annotation import read_gold
 from vit3d.checkpoint import preferred_dtype
+from vit3d.learning.run_folder import RunFolder
 from vit3d.model.image_processing_vit3d import ViT3DImageProcessor
 from vit3d.reconstruction import reconstruct
 from vit3d.scoring import score_masks, score_trees
 from vit3d.simulate import random_neuron
-from vit3d.tables import fill_card, markdown_table
+from vit3d.tables import add_json_line, fill_card, json_lines, markdown_table
 from vit3d.targets import paint
-from vit3d.training import TrainingConfig, read_gold, train
+from vit3d.training import TrainingConfig, train
 from vit3d.volume import read_volume
 
 SPACING_UM = (1.0, 0.33, 0.33)
@@ -120,7 +122,7 @@ def perform(run: Run, rate: float, args, folder: Path) -> dict:
     model = starting_model(run, args.source)
     model.save_pretrained(folder / "start")
     (folder / "run").mkdir()
-    (folder / "run" / "volumes").symlink_to(args.volumes)  # made ready once for all runs
+    RunFolder(folder / "run").volumes.symlink_to(args.volumes)  # made ready once for all runs
     start = time.monotonic()
     last = train(
         TrainingConfig(
@@ -144,8 +146,7 @@ def perform(run: Run, rate: float, args, folder: Path) -> dict:
         )
     )
     seconds = time.monotonic() - start
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
+    losses = [row["loss"] for row in RunFolder(folder / "run").rows() if "loss" in row]
     model = ViT3DForNeuronSegmentation.from_pretrained(last).to(args.device)
     return {"loss": fmean(losses[-10:]), "seconds": round(seconds), **scores(model, run.held_out, args)}
 
@@ -154,7 +155,7 @@ def scores(model, name: str, args) -> dict:
     """Dice of the probability above 0.5 with the painted gold, the tree's scores, and the mean simulated F1."""
     processor = ViT3DImageProcessor.from_config(model.config)
     volume = read_volume(args.data / f"{name}.tif", spacing_um=SPACING_UM)
-    gold, _ = read_gold(args.data / f"{name}.swc", volume, processor)
+    gold = read_gold({"name": name, "swc": str(args.data / f"{name}.swc")}, volume)
     result = reconstruct(model, volume, processor=processor)
     found = score_trees(result.tree.to("voxel"), gold)
     mask = paint(gold, volume.shape, min_radius_vox=1.5, max_radius_vox=2.5)
@@ -171,10 +172,6 @@ def searched_rate(strategy: str, rows: list[dict]) -> float | None:
     """The rate with the best Dice on the neuron held out of the search; None before it is complete."""
     tried = [row for row in rows if row["strategy"] == strategy and row["held_out"] == SEARCHED]
     return max(tried, key=lambda row: row["dice"])["encoder_rate"] if len(tried) == len(RATES) else None
-
-
-def finished(store: Path) -> list[dict]:
-    return [json.loads(line) for line in store.read_text().splitlines()] if store.exists() else []
 
 
 def table(rows: list[dict], keys: tuple[str, ...], shown: tuple[str, ...] = SCORES) -> list[dict]:
@@ -291,21 +288,20 @@ def main() -> None:
     store = args.card.with_name(STORES[args.part])
     runs = (grid if args.part == "transfer" else encoders)(args.seeds)
     budget = {"steps": args.steps, "batch_size": args.batch_size, "source": Path(args.source).name}
-    rows = finished(store)
+    rows = json_lines(store)
     scratch = tempfile.TemporaryDirectory()
     args.volumes = Path(scratch.name)
     for run in [] if args.report else runs[:: -1 if args.backwards else 1]:
-        rows = finished(store)  # another process may work from the other end
+        rows = json_lines(store)  # another process may work from the other end
         if asdict(run) | budget in [row["run"] for row in rows]:
             continue
         rate = run.encoder_rate or searched_rate(run.strategy, rows)
         with tempfile.TemporaryDirectory() as folder:
             row = {**asdict(run), "encoder_rate": rate, **perform(run, rate, args, Path(folder))}
         row["run"] = asdict(run) | budget
-        with store.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        add_json_line(store, row)
         print(json.dumps(row), flush=True)
-    (report if args.part == "transfer" else report_encoders)(finished(store), args.card)
+    (report if args.part == "transfer" else report_encoders)(json_lines(store), args.card)
 
 
 if __name__ == "__main__":

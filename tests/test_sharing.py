@@ -26,7 +26,7 @@ from vit3d.cli import main
 from vit3d.learning.training_data import neuron_facts
 from vit3d.model_card import Record, card_of, check_card
 from vit3d.sharing import _described, prepare, share, share_dataset
-from vit3d.tables import json_lines
+from vit3d.tables import add_json_line, json_lines
 
 REPO = "lab/our-network"
 CARDS = Path(__file__).parents[1] / "model_cards"
@@ -650,3 +650,12 @@ for command in {commands!r}:
     assert first.keys() == second.keys()
     assert {name for name in first if first[name] != second[name]} == {"README.md"}
     assert first["model.safetensors"] == (tiny / "model.safetensors").read_bytes()
+
+
+def test_a_row_takes_the_place_of_a_last_line_cut_short(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    add_json_line(path, {"step": 1})
+    with path.open("a") as file:
+        file.write('{"step": 2, "lo')
+    add_json_line(path, {"step": 2})
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'

@@ -22,7 +22,7 @@ from tifffile import imwrite
 
 from runs import SIZES, WINDOW, equal, launch, losses, make_checkpoint, make_pairs, metrics, weights
 from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation, ViT3DImageProcessor, segment
-from vit3d.annotations.annotation import examine, spacing_of
+from vit3d.annotations.annotation import examine, read_gold, spacing_of
 from vit3d.annotations.gold import estimate_shift
 from vit3d.annotations.pairs import find_pairs, split_of, survey
 from vit3d.checkpoint import load_checkpoint
@@ -48,7 +48,7 @@ from vit3d.regridding import as_trained
 from vit3d.scoring import score_trees
 from vit3d.simulate import Style, random_neuron, simulate_neuron
 from vit3d.targets import IGNORED, training_labels
-from vit3d.training import Clock, TrainingConfig, TrainingRun, read_gold, save, train
+from vit3d.training import Clock, TrainingConfig, TrainingRun, save, train
 from vit3d.tree import NeuronTree, read_swc, write_swc
 from vit3d.volume import Volume, read_volume, write_volume
 
@@ -389,8 +389,8 @@ def test_crops_for_other_loops_are_refined_to_the_spacing_of_the_data_they_are_o
 @pytest.mark.parametrize("name", ["um", "voxel"])
 def test_a_gold_is_read_in_voxels_and_lies_on_its_stack(data, name):
     volume = read_volume(data / f"{name}.tif")
-    gold, polarity = read_gold(data / f"{name}.swc", volume, ViT3DImageProcessor.from_config(CONFIG))
-    assert (gold.unit, polarity) == ("voxel", "bright")
+    gold = read_gold({"name": name, "swc": str(data / f"{name}.swc")}, volume)
+    assert gold.unit == "voxel"
     assert (gold.points.max(0) <= np.array(volume.shape)).all()
     assert np.abs(estimate_shift(gold, volume)).max() <= 0.5
 
@@ -398,9 +398,8 @@ def test_a_gold_is_read_in_voxels_and_lies_on_its_stack(data, name):
 def test_a_gold_is_aligned_to_dark_neurites_too(data):
     volume = read_volume(data / "um.tif")
     moved = Volume(np.roll(255 - volume.voxels, 2, axis=2), volume.spacing_um)
-    gold, polarity = read_gold(data / "um.swc", moved, ViT3DImageProcessor.from_config(CONFIG))
-    here, _ = read_gold(data / "um.swc", volume, ViT3DImageProcessor.from_config(CONFIG))
-    assert polarity == "dark"
+    row = {"name": "um", "swc": str(data / "um.swc")}
+    gold, here = read_gold(row, moved), read_gold(row, volume)
     np.testing.assert_allclose(gold.points - here.points, np.broadcast_to([0, 0, 2], gold.points.shape), atol=0.6)
 
 

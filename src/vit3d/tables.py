@@ -29,6 +29,16 @@ def json_lines(path: Path | None) -> list[dict]:
     return rows
 
 
+def add_json_line(path: Path, row: dict) -> None:
+    """Append a row to such a file, in place of a last line that a kill cut short."""
+    line = (json.dumps(row) + "\n").encode()
+    with path.open("ab+") as file:
+        file.seek(0)
+        before = file.read()
+        file.truncate(before.rfind(b"\n") + 1)
+        file.write(line)
+
+
 def as_table(rows: list[dict]) -> str:
     """A plain table: names left, numbers right."""
     keys = list(dict.fromkeys(key for row in rows for key in row))

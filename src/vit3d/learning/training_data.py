@@ -180,13 +180,6 @@ def read_pair(row: dict, spacing_um=None, *, align: bool = True, keep_misplaced:
     return Pair(volume, gold, polarity, tuple(shift_vox.tolist()))
 
 
-def read_gold(path: str | Path, volume: Volume, processor: ViT3DImageProcessor) -> tuple[NeuronTree, str]:
-    """The gold in voxels, aligned to its stack, and the stack's polarity. An SWC that says no unit is in voxels."""
-    polarity = processor.measure(volume.voxels).polarity
-    row = {"name": Path(path).stem, "swc": str(path)}
-    return annotation.read_gold(row, volume, polarity=polarity), polarity
-
-
 def read_stack(row: dict, spacing_um=None) -> Volume:
     """The stack of a row in memory; `spacing_um` overrides the row's, and that the file's own."""
     volume = annotation.read_stack({**row, "spacing_um": spacing_um or row.get("spacing_um")})
