@@ -727,8 +727,11 @@ def test_nothing_is_traced_outside_the_mask(vit3d, tmp_path):
     inside = np.zeros(stack().shape, np.uint8)
     inside[:, :, :44] = 1
     mask = written(tmp_path / "mask.tif", inside, None)
-    vit3d("trace", written(tmp_path / "a.tif"), tmp_path / "a.swc", "--mask", mask, "--swc-unit", "voxel")
+    command = ("trace", written(tmp_path / "a.tif"), tmp_path / "a.swc", "--swc-unit", "voxel", "--mask")
+    assert "nowhere" not in vit3d(*command, mask)[2]
     assert 40 <= read_swc(tmp_path / "a.swc").points[:, 2].max() < 44
+    from_1 = written(tmp_path / "from_1.tif", inside + 1, None)
+    assert "from_1.tif is 0 nowhere: it leaves nothing out" in vit3d(*command, from_1)[2]
 
 
 def test_a_marker_counts_from_1_and_a_root_from_0(tmp_path):

@@ -392,14 +392,20 @@ def test_masks_of_different_voxels_are_refused_unless_a_size_is_given():
     assert score_masks(one, other, spacing_um=SPACING_UM)["dice"] == 1
 
 
+def test_of_two_values_the_lower_one_is_background_whatever_they_are():
+    labels = np.where(tube(), 2, 1).astype(np.uint8)  # as ilastik writes them
+    assert score_masks(labels, np.where(tube(), 255, 0))["dice"] == 1
+    assert score_masks(labels, ~tube())["dice"] == 0
+
+
 def test_masks_that_cannot_be_compared_are_refused():
     with pytest.raises(ValueError, match="one shape"):
         score_masks(tube(), tube()[1:])
     with pytest.raises(ValueError, match="one shape"):
         score_masks(tube(), tube(), evaluate=tube()[1:])
-    with pytest.raises(ValueError, match="predicted mask must hold 0 and one other value"):
+    with pytest.raises(ValueError, match="predicted mask must hold two values"):
         score_masks(np.linspace(0, 1, tube().size).reshape(tube().shape), tube())
-    with pytest.raises(ValueError, match="gold mask must hold 0 and one other value"):
+    with pytest.raises(ValueError, match="gold mask must hold two values"):
         score_masks(tube(), np.where(tube(), np.nan, 0))
 
 

@@ -9,6 +9,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
+from .formats.lazy_voxels import pieces
 from .tree import UNITS, NeuronTree, read_swc
 from .volume import SUFFIXES, Volume, is_stack, loaded, named_stacks, open_volume, read_volume, stack_name, swc_name
 
@@ -67,8 +70,16 @@ def notice_spacing(path: Path, volume: Volume) -> None:
 
 
 def open_mask(path: Path | None, missing_as_fill: bool = False):
-    """The voxels of a mask, which stay on disk."""
-    return None if path is None else open_volume(path, missing_as_fill=missing_as_fill).voxels
+    """The voxels of a mask, which stay on disk; a warning where it is 0 nowhere (ilastik counts from 1)."""
+    if path is None:
+        return None
+    voxels = open_volume(path, missing_as_fill=missing_as_fill).voxels
+    if all(np.asarray(voxels[piece]).all() for piece in pieces(voxels)):  # mostly the first one tells
+        warnings.warn(
+            f"{path.name} is 0 nowhere: it leaves nothing out. If it counts from 1, write its background as 0.",
+            stacklevel=2,
+        )
+    return voxels
 
 
 def read_trees(

@@ -267,7 +267,7 @@ def _furthest(tree: NeuronTree) -> np.ndarray:
 
 
 def score_masks(predicted, gold, *, evaluate=None, spacing_um: tuple[float, ...] | None = None) -> dict[str, float]:
-    """Compare two masks (arrays or Volumes, bool or 0 and another value) of one shape.
+    """Compare two masks (arrays or Volumes; bool, or of two values the lower one is background) of one shape.
 
     Both are first cut to the mask `evaluate`. dice, iou, precision, recall; cldice: harmonic mean of the
     shares of each skeleton inside the other mask (Shit et al. 2021); hd95_vox: the larger directed 95th
@@ -309,8 +309,9 @@ def _mask(mask, name: str) -> np.ndarray:
     mask = np.asarray(getattr(mask, "voxels", mask))
     if mask.dtype != bool and mask.size:
         low, high = mask.min(), mask.max()
-        if not ((mask == 0) | (mask == high)).all() or low < 0:
-            raise ValueError(f"the {name} mask must hold 0 and one other value; threshold it first ({low} to {high}).")
+        if not ((mask == low) | (mask == high)).all():
+            raise ValueError(f"the {name} mask must hold two values; threshold it first ({low} to {high}).")
+        return mask != (low if low < high else 0)
     return mask.astype(bool)
 
 
