@@ -292,6 +292,10 @@ def test_split_writes_one_file_per_tree(vit3d, tmp_path):
     assert [read_swc(tmp_path / f"b_{n}.swc").num_roots for n in (1, 2)] == [1, 1]
     assert sum(len(read_swc(tmp_path / f"b_{n}.swc")) for n in (1, 2)) == 5
     assert vit3d("convert", tmp_path / "a.swc", tmp_path / "b.swc", "--split")[0] == 0  # its own are replaced
+    fewer = vit3d("convert", tmp_path / "b_1.swc", tmp_path / "b.swc", "--split", "--flip", "x:9")
+    assert_refused(fewer, "b_1.swc is no result of vit3d, or what is split")
+    line(tmp_path / "one.swc")
+    assert "not of this one: b_2.swc" in vit3d("convert", tmp_path / "one.swc", tmp_path / "b.swc", "--split")[2]
     (tmp_path / "c_2.swc").write_text("1 2 0 0 0 1 -1\n")
     assert_refused(vit3d("convert", tmp_path / "a.swc", tmp_path / "c.swc", "--split"), "c_2.swc is no result of vit3d")
     two_trees(tmp_path / "d_1.swc")

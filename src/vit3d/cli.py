@@ -72,7 +72,8 @@ MemoryBudget = Annotated[
     float, typer.Option(help="GiB that this process may use; a larger stack is worked on box by box, on disk.")
 ]
 MissingAsFill = Annotated[
-    bool, typer.Option("--missing-as-fill", help="A Zarr store that is read leaves out empty chunks on purpose.")
+    bool,
+    typer.Option("--missing-as-fill", help="Read chunks that a Zarr store lacks as its fill value; else an error."),
 ]
 SwcUnit = Annotated[
     str | None,
@@ -154,7 +155,7 @@ def reconstruct(
     missing_as_fill: MissingAsFill = False,
     select: Annotated[bool, typer.Option(help="Leave out patches that hold only background.")] = True,
     regrid: Annotated[
-        bool, typer.Option(help="Where voxels are coarser than those of the training, work on voxels like those.")
+        bool, typer.Option(help="Resample stacks coarser than the training's (up to 4 times) to its voxel size.")
     ] = True,
     memory_budget: MemoryBudget = 4.0,
     out_of_core: Annotated[
@@ -413,7 +414,7 @@ def score(
     gold_unit: GoldUnit = None,
     spacing: Spacing = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Trees: voxels from which on a point is far; default 2.")
+        float | None, typer.Option(help="Trees: points at least so many voxels from the other are wrong; default 2.")
     ] = None,
     image: Annotated[
         Path | None,
@@ -522,8 +523,12 @@ def convert(
     resample: Annotated[float | None, typer.Option(help="New distance of nodes; tips and branch points stay.")] = None,
     split: Annotated[bool, typer.Option(help="One file per tree: OUT_1.swc, OUT_2.swc, ...")] = False,
 ):
-    """Units, scale, flip, resampling, splitting of an SWC, in this order; parents come before children."""
+    """Units, scale, flip, resampling, splitting of an SWC, in this order; parents come before children.
+
+    OUT_1.swc is the tree with most cable.
+    """
     from .morphometry import resample as run
+    from .results import swc_files, tell_of_earlier
     from .swc import written_here
     from .tree import read_swc, write_swc
 
@@ -535,16 +540,15 @@ def convert(
         tree = tree.flipped(*flip_of(flip))
     if resample is not None:
         tree = run(tree, resample)
-    parts = tree.split() if split else [tree]
-    if not parts:
-        warnings.warn(f"{source} is an empty tree: nothing to split.", stacklevel=2)
-    files = [out.with_name(f"{out.stem}_{n}{out.suffix}") for n in range(1, len(parts) + 1)] if split else [out]
+    files = dict(swc_files(tree, out, split))
     for path in files if split else ():  # names that nobody gave
         if path.exists() and (path.samefile(source) or not written_here(path)):
             raise ValueError(f"{path} is no result of vit3d, or what is split, and would be lost; choose another name.")
     make_room(out)
-    for path, part in zip(files, parts, strict=True):
+    for path, part in files.items():
         write_swc(part, path)
+    if split:
+        tell_of_earlier(out, {path.name for path in files})
 
 
 @app.command()
@@ -615,11 +619,11 @@ def train(
     layer_decay: Annotated[float, typer.Option(help="Factor of the rate from a layer to the one below; 1 is off.")] = 1,
     warmup_steps: Annotated[int, typer.Option(help="Steps over which rates rise; then they fall as a cosine.")] = 100,
     ema_decay: Annotated[
-        float, typer.Option(help="Of the average of weights, which is kept: over about 1 / (1 - it) steps; 0 is off.")
+        float, typer.Option(help="Decay of the moving average of the weights, which is what is saved; 0 turns it off.")
     ] = 0.995,
-    cldice_weight: Annotated[float, typer.Option(help="Of the soft-clDice term; 0 is off.")] = 0,
+    cldice_weight: Annotated[float, typer.Option(help="Weight of the soft-clDice loss; 0 turns it off.")] = 0,
     consistency_weight: Annotated[
-        float, typer.Option(help="Of how two windows of a crop differ in what both see; 0 is off.")
+        float, typer.Option(help="Weight of the loss that makes two overlapping windows agree; 0 turns it off.")
     ] = 0,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
     mixed_precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
