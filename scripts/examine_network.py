@@ -7,7 +7,6 @@ Writes the card's generated sections, examination.json and spacing.png beside it
 """
 
 import argparse
-import copy
 import json
 import subprocess
 import sys
@@ -145,15 +144,12 @@ def merged(volume: Volume, gold: NeuronTree, factors: tuple[int, int, int]) -> t
 
 def coarser_row(factors: tuple[int, int, int], neurons: dict, model, processor) -> dict:
     """Mean F1 of the real neurons with so many voxels merged into one, on these voxels and by `reconstruct`."""
-    own = copy.copy(model)
-    own.config = copy.deepcopy(model.config)
-    own.config.training_spacing_um = None
     row = {"voxels merged z, y, x": " x ".join(map(str, factors))}
-    for name, network in (("own voxels", own), ("reconstruct", model)):
+    for name, regrid in (("own voxels", False), ("reconstruct", True)):
         found, start = [], time.process_time()
         for volume, gold in neurons.values():
             stack, truth = merged(volume, gold, factors)
-            tree = reconstruct(network, stack, processor=processor).tree
+            tree = reconstruct(model, stack, processor=processor, regrid=regrid).tree
             found.append([f1_at_um(tree, truth, threshold) for threshold in (1.0, 2.0)])
         near, far = np.mean(found, axis=0)
         row |= {f"{name}, F1 at 1 um": near, f"{name}, F1 at 2 um": far}

@@ -184,12 +184,12 @@ def reconstruct(
         """Whether a stack, or a box of it, is worked on where it lies."""
         if out_of_core is not None:
             return out_of_core
-        return process["ranks"] > 1 or not fits_in_memory(volume, process["memory_bytes"], box, network.config)
+        known = network.config if regrid else None
+        return process["ranks"] > 1 or not fits_in_memory(volume, process["memory_bytes"], box, known)
 
     from .checkpoint import device_of, load_checkpoint
 
     network, processor = load_checkpoint(model, device_of(device, process["local_rank"]), polarity)
-    network.config.training_spacing_um = network.config.training_spacing_um if regrid else None
     rows, failures = [], []
     for name, path in stacks.items():
         try:
@@ -197,7 +197,7 @@ def reconstruct(
             unit = unit_of(swc_unit, "--swc-unit", volume.spacing_um)
             box = box_of(crop, volume.shape)
             refuse_foreign(out / f"{name}.swc", forest, WRITTEN_BESIDE[: 1 if on_disk(volume, box) else None])
-            options = {"processor": processor, "box": box, "mask": allowed, "select": select}
+            options = {"processor": processor, "box": box, "mask": allowed, "select": select, "regrid": regrid}
             options |= {"threshold": cut, "max_gap_um": max_gap_um, "forest": forest}
             if on_disk(volume, box):
                 store = out / f"{name}_probability.zarr"

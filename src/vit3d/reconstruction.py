@@ -87,6 +87,7 @@ def reconstruct(
     box: Box | None = None,
     mask: np.ndarray | None = None,
     select: bool = True,
+    regrid: bool = True,
     **tracing,
 ) -> Reconstruction:
     """Segment and trace a stack, or the part of it inside `box`; `tracing` goes to `trace`.
@@ -94,10 +95,9 @@ def reconstruct(
     Of trees that cannot be joined, the one with most cable and light of its own is the neuron
     (`centerlines.prominence`), and of one that is mostly far dimmer neurites of other cells, the part that is not.
     `mask` (Z, Y, X), as large as the stack: nothing is traced where it is 0. Intensities are measured on the
-    whole stack, so a box is segmented as it would be in the full run. A stack whose voxels are coarser than those that
-    the network was trained on is segmented and traced on finer ones (`regridding.as_trained`); the tree says where its
-    nodes lie in the stack, and the probability is given at the stack's voxels. Where
-    `model.config.training_spacing_um` is None, every stack keeps its own.
+    whole stack, so a box is segmented as it would be in the full run. With `regrid` a stack whose voxels are coarser
+    than those that the network was trained on is segmented and traced on finer ones (`regridding.as_trained`); the tree
+    says where its nodes lie in the stack, and the probability is given at the stack's voxels.
     """
     from .model.image_processing_vit3d import ViT3DImageProcessor
     from .segmentation import segment  # torch is loaded only here: tracing a mask needs none
@@ -106,10 +106,11 @@ def reconstruct(
     if mask is not None:
         check_mask(mask, volume)
     processor = processor or ViT3DImageProcessor.from_config(model.config)
-    statistics = processor.measure(as_trained(volume, model.config).voxels)
+    known = model.config if regrid else None
+    statistics = processor.measure(as_trained(volume, known).voxels)
     box = box or tuple(slice(0, size) for size in volume.shape)
     part = volume.crop(box)
-    seen = _in_memory(as_trained(part, model.config))
+    seen = _in_memory(as_trained(part, known))
     probability = segment(model, seen, processor=processor, statistics=statistics, select=select)
     allowed = None if mask is None else Volume(np.asarray(mask[box]) != 0, part.spacing_um)
     tree, reviews = traced(_allowed(probability, allowed), part, statistics, tracing)
@@ -119,7 +120,7 @@ def reconstruct(
     )
 
 
-def reconstruct_on_disk(
+def reconstruct_on_disk(  # noqa: PLR0913 (those of `reconstruct`, and two)
     model,
     volume: Volume,
     store: Path,
@@ -128,6 +129,7 @@ def reconstruct_on_disk(
     box: Box | None = None,
     mask: np.ndarray | LazyVoxels | None = None,
     select: bool = True,
+    regrid: bool = True,
     run: dict | None = None,
     **tracing,
 ) -> Reconstruction | None:
@@ -147,12 +149,13 @@ def reconstruct_on_disk(
     if mask is not None:
         check_mask(mask, volume)
     processor = processor or ViT3DImageProcessor.from_config(model.config)
-    statistics = processor.measure(as_trained(volume, model.config).voxels)
+    known = model.config if regrid else None
+    statistics = processor.measure(as_trained(volume, known).voxels)
     box = box or tuple(slice(0, size) for size in volume.shape)
     part = within(volume, box)
     store.parent.mkdir(parents=True, exist_ok=True)
     options = {"processor": processor, "statistics": statistics, "select": select}
-    segment_store(model, as_trained(part, model.config), store, options=RunOptions(**(run or {})), **options)
+    segment_store(model, as_trained(part, known), store, options=RunOptions(**(run or {})), **options)
     with Leases(store.parent) as leases, leases.holding(f".{store.name}.tracing") as mine:
         if not mine:
             return None
