@@ -315,7 +315,7 @@ def test_conversion_without_unit_or_spacing_is_refused():
 def test_shift_flip_and_scale_do_what_they_say():
     tree = y_tree(unit="voxel", spacing_um=(1, 1, 1))
     assert_array_equal(tree.shifted((1, 2, 3)).points, tree.points + np.array([1, 2, 3]))
-    assert_array_equal(tree.flipped(2, extent=10).points[1], [0, 0, 6])
+    assert_array_equal(tree.flipped(2, last=10).points[1], [0, 0, 6])
     assert_same(tree.flipped(1, 7).flipped(1, 7), tree)
     scaled = tree.scaled((1, 0.5, 0.5))
     assert_allclose(scaled.points[3], [3, -2, 2])

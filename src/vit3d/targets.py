@@ -31,7 +31,7 @@ def paint(
 
     ValueError: the tree is neither in voxels nor knows its spacing.
     """
-    points, radii = sample_balls(in_voxels(tree), step_vox=0.5)
+    points, radii = sample_balls(tree.to("voxel"), step_vox=0.5)
     semi_axes = _semi_axes(radii, tree.spacing_um, min_radius_vox, max_radius_vox)
     mask = np.zeros(shape, bool)
     nearest = np.rint(points).astype(int)
@@ -72,7 +72,7 @@ def radii_fit(tree: NeuronTree, shape: tuple[int, int, int]) -> bool:
 
     Radii in nm, or in um where one voxel is far less, would, and no background were left to learn from.
     """
-    tree = in_voxels(tree)
+    tree = tree.to("voxel")
     one, other = tree.radii, tree.radii[np.where(tree.parents < 0, np.arange(len(tree)), tree.parents)]
     frustums = np.pi / 3 * _edge_lengths(tree) * (one**2 + one * other + other**2)
     return bool(frustums.sum() <= _LARGEST_SHARE * np.prod(np.array(shape) * _x_voxels(tree.spacing_um)))
@@ -107,11 +107,6 @@ def labels_from_mask(mask: np.ndarray) -> np.ndarray:
     if neurite.mean() > _MOST_NEURITE:
         raise ValueError(f"by this mask {neurite.mean():.0%} of the stack is neurite; is it inverted?")
     return neurite.astype(np.int8)
-
-
-def in_voxels(tree: NeuronTree) -> NeuronTree:
-    """The tree in voxels by its own spacing. ValueError: it is neither in voxels nor knows its spacing."""
-    return tree if tree.unit == "voxel" else tree.to("voxel")
 
 
 def sample_balls(tree: NeuronTree, step_vox: float) -> tuple[np.ndarray, np.ndarray]:

@@ -14,6 +14,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import depth_first_order
 
 from vit3d.formats.appearing import appearing
+from vit3d.formats.axes import checked_spacing
 from vit3d.swc import SwcText, header, node_lines
 
 SOMA = 1
@@ -62,7 +63,8 @@ class NeuronTree:
             if not np.isfinite(column).all():
                 raise ValueError(f"`{name}` must be finite; row {_first_row(~np.isfinite(column))} is not.")
             object.__setattr__(self, name, column)
-        object.__setattr__(self, "spacing_um", _checked_spacing(self.spacing_um))
+        if self.spacing_um is not None:
+            object.__setattr__(self, "spacing_um", checked_spacing(self.spacing_um))
         self._check()
 
     def _check(self) -> None:
@@ -159,9 +161,9 @@ class NeuronTree:
             raise ValueError(f"a tree converts to 'um' or 'voxel', got {unit!r}.")
         if self.unit is None:
             raise ValueError("the unit of this tree was never stated; give read_swc a `unit`, 'um' or 'voxel'.")
-        spacing = _checked_spacing(spacing_um) or self.spacing_um
+        spacing = self.spacing_um if spacing_um is None else checked_spacing(spacing_um)
         if unit == self.unit:
-            return replace(self, spacing_um=spacing)
+            return self if spacing == self.spacing_um else replace(self, spacing_um=spacing)
         if spacing is None:
             raise ValueError(f"a tree in {self.unit} becomes one in {unit} by a spacing (z, y, x); none is known.")
         factor = np.array(spacing) if unit == "um" else 1 / np.array(spacing)
@@ -183,11 +185,11 @@ class NeuronTree:
             spacing = tuple(np.array(spacing) * (factor if self.unit == "um" else 1 / factor))
         return replace(self, points=self.points * factor, radii=self.radii * factor[2], spacing_um=spacing)
 
-    def flipped(self, axis: int, extent: float) -> "NeuronTree":
-        """Mirrored along `axis` (0 z, 1 y, 2 x). `extent` is the coordinate of the last voxel centre there in
+    def flipped(self, axis: int, last: float) -> "NeuronTree":
+        """Mirrored along `axis` (0 z, 1 y, 2 x). `last` is the coordinate of the last voxel centre there in
         the tree's unit: size - 1 in voxels, (size - 1) * spacing in um."""
         points = self.points.copy()
-        points[:, axis] = extent - points[:, axis]
+        points[:, axis] = last - points[:, axis]
         return replace(self, points=points)
 
     def take(self, rows: np.ndarray) -> "NeuronTree":
@@ -283,15 +285,6 @@ def _whole_numbers(column, name: str) -> np.ndarray:
     if not np.array_equal(whole, column):
         raise ValueError(f"`{name}` must be whole numbers.")
     return whole
-
-
-def _checked_spacing(spacing_um) -> Spacing | None:
-    if spacing_um is None:
-        return None
-    spacing = tuple(float(s) for s in spacing_um)
-    if len(spacing) != 3 or not all(0 < s < np.inf for s in spacing):
-        raise ValueError(f"`spacing_um` must be three positive numbers (z, y, x), got {spacing_um!r}.")
-    return spacing
 
 
 # --- SWC in and out ---

@@ -11,7 +11,6 @@ import numpy as np
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-from ..targets import in_voxels
 from ..tree import NeuronTree
 from ..volume import Volume
 
@@ -50,7 +49,7 @@ def estimate_shift(
     bright ones. Whole voxels are searched first, then ever smaller steps around the best, down to `step_vox`.
     Without nodes the shift is zero. ValueError: the tree is neither in voxels nor knows its spacing.
     """
-    points = in_voxels(tree).sampled(1.0)
+    points = tree.to("voxel").sampled(1.0)
     if not len(points):
         return np.zeros(3)
     image, corner = _around(points, volume, polarity, int(np.ceil(radius_vox)) + 4)
@@ -62,7 +61,7 @@ def check_bounds(tree: NeuronTree, shape: tuple[int, int, int], name: str, *, ma
 
     The margin is what `align_gold` may move a gold by.
     """
-    points = in_voxels(tree).points
+    points = tree.to("voxel").points
     beyond = np.maximum(-points, points - (np.array(shape) - 1))
     outside = (beyond > margin_vox).any(axis=1)
     if outside.any():
@@ -124,7 +123,7 @@ def untraced_structure(
     `min_voxels` are taken for noise. Align the gold first.
     """
     image = _blurred(np.asarray(volume.voxels), polarity)
-    points = in_voxels(tree).sampled(1.0)
+    points = tree.to("voxel").sampled(1.0)
     bright = image > _bright_level(image, points)
     voxels = np.argwhere(bright)
     if len(points) and len(voxels):
@@ -207,7 +206,7 @@ def _bright_level(image: np.ndarray, points: np.ndarray) -> float:
 
 def _standing(tree: NeuronTree, volume: Volume, polarity: str) -> float:
     """Mean rank, from 0 to 1, of the trace's brightness among all voxels, at its best place nearby."""
-    points = in_voxels(tree).sampled(1.0)
+    points = tree.to("voxel").sampled(1.0)
     if not len(points):
         return 0.0
     image = _blurred(np.asarray(volume.voxels), polarity)
@@ -221,7 +220,7 @@ def _standing(tree: NeuronTree, volume: Volume, polarity: str) -> float:
 
 def _other_places(tree: NeuronTree, volume: Volume) -> Iterator[tuple[str, NeuronTree]]:
     """Usual mistakes undone: (what was done and what mends it, in words; the tree in voxels)."""
-    tree = in_voxels(tree)
+    tree = tree.to("voxel")
     for axis, size in enumerate(volume.shape):
         name = _AXES[axis]
         flip = f"`vit3d convert --unit voxel --flip {name}:{size - 1}`"
