@@ -638,7 +638,7 @@ def test_a_voxel_size_other_than_a_tree_in_um_states_is_refused_or_used(vit3d, t
     for flags in ((), ("--spacing", "2,0.66,0.66")):
         status, printed, _ = vit3d("score", um, um, "--json", *flags)
         assert status == 0
-        lengths.append(json.loads(printed)["gold_length_vox"])
+        lengths.append(json.loads(printed)[0]["gold_length_vox"])
     assert lengths[1] == pytest.approx(lengths[0] * SPACING[2] / 0.66)
 
 
@@ -678,7 +678,7 @@ def test_an_empty_stack_gives_an_empty_tree_in_words_that_scores_recall_0(vit3d,
     tree = read_swc(tmp_path / "a.swc")
     assert (len(tree), tree.unit, tree.spacing_um) == (0, "um", SPACING)
     status, printed, _ = vit3d("score", tmp_path / "a.swc", line_swc(tmp_path / "gold.swc"), "--json")
-    scores = json.loads(printed, parse_constant=pytest.fail)  # infinity is no JSON
+    (scores,) = json.loads(printed, parse_constant=pytest.fail)  # infinity is no JSON
     assert (status, scores["recall"], scores["f1"], scores["esa"]) == (0, 0, 0, None)
 
 

@@ -66,7 +66,7 @@ def test_a_tree_against_itself_is_perfect_also_across_units(vit3d, tmp_path):
     um, voxel = line(tmp_path / "um.swc"), tmp_path / "voxel.swc"
     vit3d("convert", um, voxel, "--swc-unit", "voxel")
     status, printed, _ = vit3d("score", um, voxel, "--json")
-    scores = json.loads(printed)
+    (scores,) = json.loads(printed)
     assert status == 0
     assert [scores[key] for key in ("precision", "recall", "f1", "pds")] == [1, 1, 1, 0]
     assert scores["esa"] == pytest.approx(0, abs=1e-4)
@@ -75,7 +75,7 @@ def test_a_tree_against_itself_is_perfect_also_across_units(vit3d, tmp_path):
 
 def test_a_neurite_shifted_by_4_voxels_is_far_at_2_and_near_at_5(vit3d, tmp_path):
     moved, gold = line(tmp_path / "a.swc", shift=2.0), line(tmp_path / "b.swc")
-    near, far = (json.loads(vit3d("score", moved, gold, "--json", "--threshold", t)[1]) for t in (5, 2))
+    near, far = (json.loads(vit3d("score", moved, gold, "--json", "--threshold", t)[1])[0] for t in (5, 2))
     assert (near["f1"], far["f1"]) == (1, 0)
     assert near["esa"] == pytest.approx(4)
 
@@ -220,7 +220,7 @@ def test_masks_are_scored_as_masks(vit3d, tmp_path):
     for folder, mask in (("found", found), ("gold", gold)):
         (tmp_path / folder).mkdir()
         write_volume(Volume(mask, SPACING), tmp_path / folder / "a.tif")
-    alone = json.loads(vit3d("score", tmp_path / "found" / "a.tif", tmp_path / "gold" / "a.tif", "--json")[1])
+    (alone,) = json.loads(vit3d("score", tmp_path / "found" / "a.tif", tmp_path / "gold" / "a.tif", "--json")[1])
     assert (alone["precision"], alone["recall"], alone["dice"]) == (1, 0.5, pytest.approx(2 / 3))
     status, printed, _ = vit3d("score", tmp_path / "found", tmp_path / "gold")
     assert status == 0

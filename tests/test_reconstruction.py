@@ -488,7 +488,7 @@ def test_masks_in_stores_and_slices_are_scored_as_masks_in_files(vit3d, tmp_path
             tifffile.imwrite(tmp_path / name / f"s{z}.tif", plane)
     pairs += [(tmp_path / "a", tmp_path / "b")]
     size = ("--spacing", "1,0.5,0.5", "--json")
-    told = [json.loads(vit3d("score", *pair, *size)[1]) for pair in pairs]
+    told = [json.loads(vit3d("score", *pair, *size)[1])[0] for pair in pairs]
     assert told[0]["dice"] < 1
     for other in told[1:]:
         assert {**other, "name": "a"} == told[0]

@@ -66,7 +66,10 @@ Forest = Annotated[
 ]
 Level = Annotated[
     str | None,
-    typer.Option(help="Level of a multiscale OME-Zarr: its name, or a spacing it shall not exceed, as 2um or 2,1,1um."),
+    typer.Option(
+        help="Level of a multiscale OME-Zarr: its name, or a spacing it shall not exceed, as 2um or 2,1,1um. "
+        "Coordinates count from its first voxel."
+    ),
 ]
 MemoryBudget = Annotated[
     float, typer.Option(help="GiB that this process may use; a larger stack is worked on box by box, on disk.")
@@ -423,7 +426,9 @@ def score(
     plot: Annotated[
         Path | None, typer.Option(help="Picture (or their folder): missing red, surplus blue, agreed grey.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON; what is infinite is null.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Everything, as a JSON list of rows; what is infinite is null.")
+    ] = False,
 ):
     """Tree against tree (precision, recall, F1, ESA, DSA, PDS in voxels), or mask against mask."""
     from .comparison import means

@@ -295,7 +295,7 @@ def _split(text: str) -> tuple[str, dict]:
 
 
 def _groups(scores: dict | list) -> dict[str, list[dict]]:
-    """What `score --json` wrote (a row, or a list of rows) or `evaluate_checkpoint.py` (rows by group)."""
+    """What `score --json` wrote (a list of rows; one row alone, of old) or `evaluate_checkpoint.py` (rows by group)."""
     if isinstance(scores, list) or any(metric in scores for metric in METRICS):
         scores = {"scores": scores if isinstance(scores, list) else [scores]}
     return {

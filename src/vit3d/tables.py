@@ -60,9 +60,7 @@ def _finite(row: dict) -> dict:
 
 
 def as_json_text(rows: list[dict]) -> str:
-    """A list of objects, or the one object."""
-    objects = [_finite(row) for row in rows]
-    return json.dumps(objects if len(objects) > 1 else objects[0], indent=2)
+    return json.dumps([_finite(row) for row in rows], indent=2)
 
 
 def fill_card(path: str | Path, section: str, text: str) -> None:

@@ -104,6 +104,6 @@ def check_same_machine(store: BlockStore, machine: dict, force: bool) -> None:
     """Refuse, unless forced, what would give other last bits."""
     if (other := differences(store.manifest["machine"], machine)) and not force:
         raise ValueError(
-            f"{store.folder} was begun on another kind of machine: {'; '.join(other)}. Blocks computed here would "
+            f"{store.folder} was begun on another kind of machine: {'; '.join(other)}. Boxes computed here would "
             "differ from the others in their last bits; --force goes on all the same."
         )
