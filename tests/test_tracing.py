@@ -201,6 +201,22 @@ def test_the_tree_starts_at_the_root_that_is_asked_for():
     assert tree.num_roots == 1
 
 
+def test_a_root_inside_a_thick_neurite_is_not_far_from_it():
+    thick = polyline([(16, 20, 16), (16, 20, 54)], 14.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trace(Volume(paint(thick, (33, 41, 70))), root=(16, 32, 35))
+
+
+def test_every_tree_of_a_forest_starts_at_its_thickest_node():
+    along, wide = np.linspace((10, 36, 10), (10, 36, 70), 61), np.exp(-(((np.arange(61) - 30) / 8) ** 2))
+    swollen = NeuronTree(along, 1.5 + 3 * wide, np.arange(61) - 1, unit="voxel")
+    volume = Volume(paint(together(polyline([(10, 12, 6), (10, 12, 90)], 3.0), swollen), (21, 50, 100)))
+    trees = trace(volume, forest=True).split()
+    assert [tree.radii[0] for tree in trees] == [tree.radii.max() for tree in trees]
+    assert trees[1].points[0] == pytest.approx((10, 36, 40), abs=2)
+
+
 def test_a_gap_along_a_neurite_is_bridged_and_listed():
     mask = paint(helix(), (24, 48, 72))
     whole = trace(Volume(mask))
@@ -222,6 +238,37 @@ def test_a_gap_is_left_open_when_it_is_longer_than_allowed_and_forest_keeps_both
     assert (tree.num_roots, both.num_roots) == (1, 2)
     assert both.cable_length > 1.5 * tree.cable_length
     np.testing.assert_array_equal(both.points[: len(tree)], tree.points)
+
+
+def test_by_default_ten_voxels_of_the_plane_are_bridged_however_coarse_the_slices_are():
+    spacing_um = (3.0, 1.0, 1.0)
+    first = polyline([(30, 10, 6), (30, 10, 40)], 3.0, spacing_um)
+    for gap, trees in ((8, 1), (18, 2)):
+        second = polyline([(30, 10, 46 + gap), (30, 10, 100)], 3.0, spacing_um)
+        volume = Volume(paint(together(first, second), (20, 21, 110)), spacing_um)
+        assert trace(volume, forest=True).num_roots == trees
+
+
+def test_a_join_of_ends_that_touch_but_for_a_voxel_has_no_length_below_zero():
+    sides = [polyline([(14, 20, a), (14, 20, b)], 3.0) for a, b in ((12, 40), (43, 90))]
+    mask = paint(together(*sides), (29, 45, 100))
+    mask[:, :, 41] = False
+    (join,) = trace_with_review(Volume(mask))[1]
+    assert (join.kind, join.length) == ("join", 0)
+
+
+def test_a_speck_bridges_no_gap_much_longer_than_itself():
+    stem = paint(polyline([(10, 10, 6), (10, 10, 60)], 2.0), (21, 21, 80))
+    for gap, trees in ((4, 1), (9, 2)):
+        mask = stem.copy()
+        mask[9:12, 9:12, 62 + gap : 65 + gap] = True
+        assert trace(Volume(mask), forest=True).num_roots == trees
+
+
+def test_an_end_is_joined_to_one_of_two_neurites_beyond_it():
+    stem, beyond = polyline([(30, 30, 4), (30, 30, 28)], 1.5), ((26, 36), (35, 37))
+    sides = [polyline([(4, y, x), (56, y, x)], 1.5) for y, x in beyond]
+    assert trace(Volume(paint(together(stem, *sides), (60, 60, 60))), forest=True).num_roots == 2
 
 
 @pytest.mark.parametrize("axis", range(3))
@@ -456,6 +503,13 @@ def test_what_neuron_encloses_on_all_sides_is_neuron(seed):
     assert (np.diff(found.linear) > 0).all()
 
 
+@pytest.mark.parametrize(("wide", "filled"), [(32, True), (33, False)])
+def test_what_neuron_encloses_may_be_32_voxels_wide(wide, filled):
+    mask = np.pad(np.zeros((wide, wide, wide), bool), 1, constant_values=True)
+    found = find_foreground(*find_level(Volume(np.pad(mask, 2))))
+    assert len(found) == (mask.size if filled else mask.sum())
+
+
 def test_what_neuron_encloses_counts_as_sure_as_what_is_around_it():
     voxels = np.zeros((9, 9, 9), np.float32)
     voxels[1:8, 1:8, 1:8] = 0.8
@@ -502,6 +556,12 @@ def test_a_neurite_that_tapers_has_no_soma():
     points = np.linspace((12, 20, 6), (12, 20, 100), 95)
     gold = NeuronTree(points, np.linspace(4, 1.2, 95), np.arange(95) - 1, unit="voxel")
     assert not (trace(Volume(paint(gold, (24, 40, 106)))).types == SOMA).any()
+
+
+def test_a_swelling_of_a_few_voxels_is_no_soma():
+    z, y, x = np.indices((21, 21, 100)) - np.array([10, 10, 50])[:, None, None, None]
+    mask = (np.hypot(z, y) < 0.9) | (np.sqrt(z**2 + y**2 + x**2) < 3.2)
+    assert not (trace(Volume(mask)).types == SOMA).any()
 
 
 @pytest.mark.parametrize("turn", range(4))
@@ -639,6 +699,13 @@ def test_a_bright_spot_and_a_soma_make_nothing_else_dim():
     assert most_prominent_part(neuron, light)[0].all()
 
 
+def test_what_is_darker_than_its_surroundings_has_no_light_of_its_own():
+    voxels = np.full((9, 40, 60), 100, np.uint8)
+    voxels[3:6, 18:23] = 40
+    tree = polyline([(4, 20, x) for x in range(10, 50)], 1.0)
+    assert set(light_of_its_own(tree, Volume(voxels), IntensityStatistics(40, 1, 200))) == {0}
+
+
 @pytest.mark.parametrize("other", [np.zeros((4, 5, 6)), "stack.tif"])
 def test_what_is_no_volume_is_told_how_to_become_one(other):
     with pytest.raises(TypeError, match=r"Volume\(array, spacing_um\)"):
@@ -652,6 +719,15 @@ def test_weak_spots_are_listed_with_the_least_confident_first():
     assert [review.kind for review in reviews] == ["weak"]
     assert 29 < reviews[0].point[2] < 37
     assert reviews[0].confidence == pytest.approx(0.52, abs=0.05)
+
+
+def test_one_node_alone_is_no_weak_spot():
+    probability = np.zeros((5, 5, 60), np.float32)
+    probability[2, 2, 5:55] = 0.95
+    for weak, kinds in ((slice(30, 31), []), (slice(30, 32), ["weak"])):
+        there = probability.copy()
+        there[2, 2, weak] = 0.52
+        assert [review.kind for review in trace_with_review(Volume(there))[1]] == kinds
 
 
 def test_resampling_keeps_tips_and_branch_points():
@@ -700,10 +776,16 @@ def test_nan_and_infinity_are_refused(bad):
             trace(Volume(given))
 
 
-@pytest.mark.parametrize("root", [(-1, 0, 0), (0, 0, 100), (np.nan, 0, 0)])
+@pytest.mark.parametrize("root", [(-1, 0, 0), (0, 0, 100), (31.6, 8, 8), (np.nan, 0, 0)])
 def test_a_root_outside_the_volume_is_refused(root):
     with pytest.raises(ValueError, match="outside the volume"):
         trace(Volume(paint(y_tree(), (32, 64, 80))), root=root)
+
+
+@pytest.mark.parametrize(("x", "end"), [(-0.4, 0), (39.4, 39)])
+def test_a_root_anywhere_in_a_voxel_of_the_border_is_taken(x, end):
+    through = paint(polyline([(8, 8, -10), (8, 8, 60)], 2.0), (17, 17, 40))
+    assert trace(Volume(through), root=(8, 8, x)).points[0] == pytest.approx((8, 8, end), abs=1)
 
 
 @pytest.mark.parametrize("name", ["min_branch_um", "max_gap_um", "step_um"])
