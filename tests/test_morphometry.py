@@ -80,6 +80,14 @@ def test_a_soma_inside_a_neurite_ends_branches_and_raises_no_order():
     assert_array_equal(branch_orders(tree), [0, 0])
     again = resample(tree, 2.0)
     assert_array_equal(again.points[again.types == 1], [[0, 0, 7]])
+    forked = NeuronTree([*points, [0, 5, 7]], np.ones(6), [-1, 0, 1, 2, 3, 2], [2, 2, 1, 2, 2, 2])
+    assert_array_equal(branch_orders(forked), [0, 0, 0])
+
+
+def test_resampling_adds_no_soma_between_two_nodes_of_one():
+    tree = NeuronTree([[0, 0, 0], [0, 0, 10], [0, 0, 30]], [5, 5, 1], [-1, 0, 1], [1, 1, 3])
+    again = resample(tree, 1.0)
+    assert_array_equal(again.points[again.types == 1], tree.points[:2])
 
 
 def test_a_full_binary_tree_has_strahler_equal_to_its_depth():

@@ -225,6 +225,13 @@ def test_a_soma_is_neither_branch_point_nor_cable():
     assert score_trees(tree, tree)["branch_precision"] == 1
 
 
+def test_a_soma_at_an_end_is_no_tip():
+    gold, elsewhere = (
+        NeuronTree([soma, (0, 0, 50)], [5, 1], [-1, 0], [1, 3], "voxel") for soma in ((0, 0, 0), (0, 30, 0))
+    )
+    assert score_trees(elsewhere, gold)["tip_f1"] == 1
+
+
 def test_a_missing_arm_is_missing_length_and_one_correction():
     scores = score_trees(line(spacing_um=SPACING_UM), tee())
     assert_allclose(scores["missing_length_vox"], 28.5)  # from distance 1.5, half of the piece between 1 and 2, on
@@ -271,6 +278,16 @@ def test_a_hop_from_one_neurite_to_its_neighbour_is_a_wrong_and_a_missed_join():
     )  # fmt: skip
     scores = score_trees(merged, gold)
     assert (scores["wrong_joins"], scores["missed_joins"]) == (1, 0)
+
+
+def test_a_hop_is_seen_where_neurites_cross_at_a_small_angle():
+    middle, away = np.array([0, 0, 100]), 100 * np.array([0, np.sin(np.radians(35)), np.cos(np.radians(35))])
+    along, up = np.array([0, 0, 100]), np.array([1, 0, 0])
+    ends = [middle - along, middle + along, middle + up - away, middle + up + away]
+    gold = together(path(*ends[:2]), path(*ends[2:]))
+    swapped = together(path(ends[0], middle, middle + up, ends[3]), path(ends[2], middle + up, middle, ends[1]))
+    scores = score_trees(swapped, gold)
+    assert (scores["f1"], scores["wrong_joins"], scores["missed_joins"]) == (1, 2, 2)
 
 
 def test_a_neurite_cut_without_a_gap_is_a_missed_join():
@@ -451,7 +468,14 @@ def test_runs_are_in_um_when_the_spacing_is_known_and_outside_is_background():
     trees, labels = two_lines()
     trees = [NeuronTree(t.points, t.radii, t.parents, unit="voxel", spacing_um=SPACING_UM) for t in trees]
     assert_allclose(score_forest([tree.to("um") for tree in trees], labels)["expected_run_length_um"], 50)
-    assert_allclose(score_forest([tree.shifted((9, 0, 0)) for tree in trees], labels)["omitted_length_um"], 100)
+    for z in (9, -2):
+        assert_allclose(score_forest([tree.shifted((z, 0, 0)) for tree in trees], labels)["omitted_length_um"], 100)
+
+
+def test_a_merge_has_more_than_so_many_samples_on_each_of_two_trees():
+    trees, labels = two_lines()  # of 101 samples each
+    merged = [score_forest(trees, np.minimum(labels, 1), merge_nodes=nodes)["merges"] for nodes in (100, 101)]
+    assert merged == [1, 0]
 
 
 def test_a_forest_without_cable_is_refused():
@@ -479,6 +503,8 @@ def test_where_a_tree_is_rooted_decides_no_score():
 def test_identical_trees_need_no_corrections_even_without_cable():
     soma = NeuronTree([(0, 5, 5), (0, 5, 7)], [4, 1], [-1, 0], [1, 3], unit="um", spacing_um=SPACING_UM)
     assert score_trees(soma, soma)["corrections_per_mm"] == 0
+    longer = path((0, 5, 5), (0, 5, 50), unit="um", spacing_um=SPACING_UM)
+    assert score_trees(longer, soma)["corrections_per_mm"] == np.inf
 
 
 @pytest.mark.parametrize("seed", range(6))

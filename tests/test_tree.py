@@ -112,6 +112,7 @@ def test_a_repairable_file_is_read_and_the_repair_reported_once(defect, repair):
     assert len(caught) == 1
     assert_array_equal(tree.points, [[3, 2, 1], [3, 2, 4], [3, 6, 4]])
     assert_array_equal(tree.parents, [-1, 0, 1])
+    assert_array_equal(tree.radii, [0.5, 0 if defect == "negative_radius" else 0.5, 0.5])
 
 
 def test_several_roots_are_several_trees():
@@ -128,6 +129,16 @@ def test_a_three_point_soma_becomes_one_node_and_no_cable():
     assert_array_equal(tree.parents, [-1, 0, 1])
     assert tree.radii[0] == 5
     assert tree.cable_length == 4  # 1 from the soma's surface to node 4, then 3
+
+
+@pytest.mark.parametrize(
+    "sides", ["2 1 0 8 0 5 1\n3 1 0 -8 0 5 1\n", "2 1 0 5 0 5 1\n3 1 0 -5 0 5 2\n"], ids=["farther", "in a row"]
+)
+def test_a_soma_drawn_as_three_nodes_in_another_way_stays_as_it_is(tmp_path, sides):
+    (tmp_path / "tree.swc").write_text(f"1 1 0 0 0 5 -1\n{sides}4 3 20 0 0 1 1\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_array_equal(read_swc(tmp_path / "tree.swc").types, [1, 1, 1, 3])
 
 
 def test_writing_then_reading_is_the_identity(tmp_path):
@@ -274,6 +285,11 @@ def test_the_y_tree_has_the_counts_one_can_see():
     assert_array_equal(tree.edges, [1, 2, 3])
     assert_array_equal(tree.degree, [1, 3, 1, 1])
     assert_array_equal(tree.edge_lengths, [4, 3, 5])
+
+
+def test_a_node_inside_the_soma_takes_no_cable_away():
+    inside = NeuronTree([[0, 0, 0], [0, 0, 3], [0, 0, 20]], [10, 1, 1], [-1, 0, 1], [1, 3, 3])
+    assert_array_equal(inside.cable_lengths, [0, 17])
 
 
 def test_counts_other_than_tips_do_not_depend_on_the_root():
