@@ -264,6 +264,13 @@ def test_a_gold_is_aligned_with_its_volume_where_its_row_was_not_examined(tmp_pa
         read_gold(row)
 
 
+def test_a_gold_in_um_that_says_its_spacing_is_converted_by_that(tmp_path):
+    add_pair(tmp_path, "cell", spacing_um=(1.0, 1.0, 1.0))
+    write_swc(tree().to("um", (2.0, 0.5, 0.5)), tmp_path / "cell.swc")
+    row = find_pairs(tmp_path)[0]
+    assert_allclose(read_gold(row, read_stack(row), align=False).points, tree().points, atol=1e-4)
+
+
 def test_without_checks_a_stack_is_not_judged(tmp_path):
     add_pair(tmp_path, "cell", drawn=tree().shifted((0, 300, 0)))
     row = find_pairs(tmp_path)[0]

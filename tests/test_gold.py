@@ -63,6 +63,13 @@ def test_a_shift_below_half_a_voxel_is_not_applied(neuron):
     assert_array_equal(shift_vox, np.zeros(3))
 
 
+def test_a_shift_of_half_a_voxel_is_applied(neuron):
+    volume, tree = neuron
+    aligned, shift_vox = align_gold(tree.shifted((0, 0.5, 0)), volume)
+    assert_array_equal(shift_vox, (0, -0.5, 0))
+    assert_allclose(aligned.points, tree.points)
+
+
 def test_no_nodes_and_constant_images_give_no_shift(neuron):
     volume, tree = neuron
     assert_array_equal(estimate_shift(NeuronTree.empty("voxel"), volume), np.zeros(3))
@@ -137,6 +144,25 @@ def test_a_neurite_without_gold_is_untraced_and_noise_is_not(noise):
     both = NeuronTree(np.concatenate([traced.points, missing.points]), np.full(4, 2.0), [-1, 0, -1, 2], unit="voxel")
     assert not untraced_structure(volume, both).any()
     assert_array_equal(untraced_structure(Volume(255 - volume.voxels), traced, polarity="dark"), untraced)
+
+
+def test_a_neurite_without_gold_may_be_as_dim_as_the_dimmest_that_has_one():
+    shape, image = (32, 64, 96), np.zeros((32, 64, 96), np.uint8)
+    bright, dim, missing = (
+        NeuronTree([[10, y, 4], [10, y, x]], [2, 2], [-1, 0], unit="voxel") for y, x in ((12, 90), (30, 25), (50, 90))
+    )
+    for tree, level in ((bright, 250), (dim, 80), (missing, 80)):
+        image[paint(tree, shape)] = level
+    untraced = untraced_structure(Volume(image), NeuronTree.together([bright, dim]))
+    assert untraced[10, 50, 4:90].mean() > 0.9
+
+
+@pytest.mark.parametrize(("min_voxels", "seen"), [(100, True), (200, False)])
+def test_a_piece_of_too_few_voxels_is_noise(min_voxels, seen):
+    image = np.zeros((32, 64, 96), np.uint8)
+    image[20:22, 40:43, 50:52] = 60  # blurred, some 150 voxels are bright
+    found = untraced_structure(Volume(image), NeuronTree.empty("voxel"), min_voxels=min_voxels)
+    assert found.any() == seen
 
 
 def test_noise_alone_holds_no_structure():

@@ -82,6 +82,18 @@ def test_asking_for_several_at_once_is_refused(gold166):
         find_pairs(gold166 / FLIES, gold="*[aA][pP][pP]2.swc")
 
 
+def test_of_two_with_the_latest_stamp_neither_is_taken_whatever_was_there_before(tmp_path):
+    latest = (f"a.v3dpbd{what}_stamp_2015_07_01_10_00.swc" for what in ("", ".ano"))
+    touch(tmp_path, "a.v3dpbd", "a.v3dpbd_stamp_2015_06_15_18_45.swc", *latest)
+    with pytest.raises(ValueError, match="several SWCs fit"):
+        find_pairs(tmp_path, gold="*stamp*")
+
+
+def test_beside_the_golds_of_single_neurons_an_swc_of_the_whole_stack_is_none(tmp_path):
+    touch(tmp_path, "a.v3dpbd", "a.swc", *(f"a.v3dpbd.neuron{n}.ano_stamp_2015_06_16_17_57.swc" for n in (1, 2)))
+    assert set(by_name(tmp_path)) == {"a.neuron1", "a.neuron2"}
+
+
 def test_two_neurons_of_one_stack_are_two_rows_in_one_split(tmp_path):
     touch(tmp_path, "a.v3dpbd", *(f"a.v3dpbd.neuron{n}.ano_stamp_2015_06_16_17_57.swc" for n in (1, 2)))
     assert {name: row["neuron"] for name, row in by_name(tmp_path).items()} == {"a.neuron1": "a", "a.neuron2": "a"}

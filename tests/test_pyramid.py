@@ -156,6 +156,14 @@ def test_a_second_pyramid_takes_the_place_of_the_first(tmp_path):
     assert read_volume(path, level="1").voxels.mean() == pytest.approx(noise().mean(), rel=0.02)
 
 
+@pytest.mark.filterwarnings("ignore:Consolidated metadata")
+def test_levels_are_found_where_metadata_were_consolidated_before_there_were_any(tmp_path):
+    path = written(tmp_path / "a.zarr")
+    zarr.consolidate_metadata(path)
+    build_pyramid(path)
+    assert set(zarr.open_group(path, mode="r").array_keys()) == {"0", "1", "2"}
+
+
 def test_a_pyramid_that_breaks_off_leaves_a_store_that_opens(tmp_path, monkeypatch):
     path = written(tmp_path / "a.zarr")
     build_pyramid(path)

@@ -61,6 +61,20 @@ def test_a_box_is_that_part_of_the_whole_and_the_type_stays():
         assert_array_equal(again[3:29, 2:9, 5], whole[3:29, 2:9, 5])
 
 
+def test_a_mask_ends_midway_between_neurite_and_background():
+    line = np.zeros((1, 1, 9), bool)
+    line[..., 3:6] = True
+    finer = regridded(Volume(line, (1, 1, 1)), (1, 1, 0.5))
+    assert_array_equal(np.flatnonzero(finer.voxels[:, :, :]), np.arange(5, 12))  # from 2.5 to 5.5
+
+
+@pytest.mark.parametrize("spacing_um", [1.1, 1.5, 3.0])
+def test_cut_into_whole_parts_a_stack_still_ends_at_its_last_voxel(spacing_um):
+    for size in range(2, 20):
+        stack = Volume(np.zeros((1, 1, size), np.uint8), (1, 1, spacing_um))
+        assert regridded(stack, (1, 1, spacing_um / 5)).shape == (1, 1, 5 * (size - 1) + 1)
+
+
 def test_back_on_its_own_grid_a_smooth_stack_is_itself():
     z, y, x = np.ogrid[:20, :30, :40]
     volume = Volume((np.sin(z / 4) * np.cos(y / 5) + np.sin(x / 6)).astype(np.float32), (1, 0.5, 0.5))

@@ -29,6 +29,14 @@ def test_a_painted_ball_is_round_in_um():
     assert len(voxels) * 0.125 == pytest.approx(4 / 3 * np.pi * 5**3, rel=0.03)
 
 
+@pytest.mark.parametrize(
+    ("centre", "radius"), [((8, 8, 8), 3.1), ((8.45, 7.6, 8.3), 2.6), ((8.5, 8.5, 8.5), 1.6), ((7.55, 8.2, 8.4), 3.5)]
+)
+def test_a_painted_ball_is_every_voxel_whose_centre_lies_in_it(centre, radius):
+    away = np.linalg.norm(np.moveaxis(np.indices((18, 18, 18)), 0, -1) - centre, axis=-1)
+    assert_array_equal(paint(NeuronTree([centre], [radius], [-1], unit="voxel"), (18, 18, 18)), away <= radius)
+
+
 def test_axes_are_treated_alike():
     painted = paint(tube((9, 8, 5), (20, 11, 25)), (30, 20, 32))
     turned = paint(tube((5, 9, 8), (25, 20, 11)), (32, 30, 20))

@@ -241,7 +241,7 @@ def test_imagej_writes_micro_as_one_latin_byte_too(tmp_path):
     assert read_volume(path).spacing_um == (1.5, 0.5, 0.25)
 
 
-@pytest.mark.parametrize("unit", ["inch", "pixel", "", None])
+@pytest.mark.parametrize("unit", ["inch", "pixel", "Mm", "", None])
 def test_imagej_without_a_physical_unit_has_no_spacing(tmp_path, unit):
     assert read_volume(imagej(tmp_path / "a.tif", noise(), unit)).spacing_um is None
 
@@ -687,11 +687,12 @@ def test_a_tiff_of_several_stacks_is_not_taken_for_its_first(tmp_path, shapes, o
         read_volume(path)
 
 
-def test_a_preview_beside_a_stack_is_passed_over(tmp_path):
+@pytest.mark.parametrize("preview", [np.s_[::2, ::2], np.s_[:, ::2], np.s_[::2]])
+def test_a_preview_beside_a_stack_is_passed_over(tmp_path, preview):
     voxels = np.random.default_rng(0).integers(0, 200, (9, 20, 30)).astype(np.uint8)
     with tifffile.TiffWriter(tmp_path / "a.tif") as file:
         file.write(voxels, photometric="minisblack", metadata={"axes": "ZYX"})
-        file.write(voxels[0, ::2, ::2], photometric="minisblack")
+        file.write(voxels[0][preview], photometric="minisblack")
     assert (read_volume(tmp_path / "a.tif").voxels == voxels).all()
 
 

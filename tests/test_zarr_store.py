@@ -136,8 +136,9 @@ def test_a_thinned_read_holds_one_piece_at_a_time_and_gives_the_same(tmp_path, m
     assert max(np.prod([b.stop - b.start for b in box]) for box in boxes) <= 8 * 16 * 16
 
 
-def test_projections_are_those_of_the_array(tmp_path, monkeypatch):
-    written = noise((24, 30, 40))
+@pytest.mark.parametrize("depth", [24, 130])
+def test_projections_are_those_of_the_array(tmp_path, depth):
+    written = noise((depth, 30, 40))
     voxels = open_volume(plain(tmp_path / "a.zarr", written)).voxels
     for axis in range(3):
         assert np.array_equal(lazy_voxels.projection(voxels, axis), written.max(axis))
