@@ -110,7 +110,11 @@ def test_every_damage_is_named_and_nothing_else(store, harm, said, harmed):
     assert said in damage[harmed]
 
 
-@pytest.mark.parametrize("harm", [flip, truncate, Path.unlink])
+def drop_the_checksum(path: Path) -> None:
+    path.write_text(json.dumps({"bytes": json.loads(path.read_text())["bytes"]}))
+
+
+@pytest.mark.parametrize("harm", [flip, truncate, drop_the_checksum, Path.unlink])
 def test_a_damaged_record_is_no_record(store, harm):
     record = store.folder / "0/.vit3d/done/1.1.0.json"
     harm(record)
@@ -221,6 +225,30 @@ def test_the_lease_of_a_killed_process_is_free_at_once(tmp_path):
         process.kill()
         process.wait()
         assert leases.claim("box")
+
+
+def test_the_lease_of_a_dead_process_that_nobody_waited_for_is_free_too(tmp_path):
+    process = claim_in_a_process(tmp_path)
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    with Leases(tmp_path) as leases:
+        assert leases.claim("box")
+    process.wait()
+
+
+def test_a_holder_that_wakes_up_while_its_lease_is_taken_over_keeps_it(tmp_path, monkeypatch):
+    rename = os.rename
+
+    def after_a_heartbeat(path, aside):
+        os.utime(path)
+        rename(path, aside)
+
+    with Leases(tmp_path, expiry_s=1000) as sleeper, Leases(tmp_path, expiry_s=1000) as other:
+        assert sleeper.claim("box")
+        os.utime(tmp_path / "box", (time.time() - 1001,) * 2)
+        monkeypatch.setattr(os, "rename", after_a_heartbeat)
+        assert not other.claim("box")
+        assert [path.name for path in tmp_path.iterdir()] == ["box"]
 
 
 def test_the_process_of_another_machine_counts_as_dead_when_it_falls_silent(tmp_path):

@@ -86,6 +86,10 @@ def test_a_step_beyond_what_two_windows_may_lie_apart_is_refused():
         BlockPlan((30, 30, 30), WINDOW, OVERLAP, step=(4, 8, 13))
 
 
+def test_a_volume_smaller_than_a_window_lies_in_its_middle():
+    assert BlockPlan((4, 12, 7), WINDOW, OVERLAP).first == (-2, 0, -4)
+
+
 def test_a_block_that_reaches_beyond_the_volume_repeats_its_border():
     volume = np.arange(2 * 3 * 4).reshape(2, 3, 4)
     block = Block((-1, -2, 1), (4, 4, 5))

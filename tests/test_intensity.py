@@ -6,7 +6,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy import ndimage
 
 from vit3d.model.foreground_vit3d import _BESIDE, BESIDE_FACTOR, _beside, foreground, occupied_patches
-from vit3d.model.ground_vit3d import BLUR_VOX, blur, blur_halo
+from vit3d.model.ground_vit3d import BLUR_VOX, blur, blur_halo, ground_of_cells
 from vit3d.model.intensity_vit3d import (
     FAINT_SHARE,
     LEAST_FACTOR,
@@ -80,6 +80,13 @@ def test_a_blurred_voxel_looks_exactly_as_far_as_the_halo():
     reach = np.argwhere(blur(spot) > 0)
     assert_array_equal(reach.min(0), 7 - np.array(halo))
     assert_array_equal(reach.max(0), 7 + np.array(halo))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_ground_is_what_lies_between_neurites_that_fill_nearly_half_of_the_cells(sign):
+    neurite = np.random.default_rng(0).random((9, 9, 9)) < 0.45
+    ground = ground_of_cells(sign * np.where(neurite, 100, 10).astype(np.float32), sign, sign * np.inf)
+    assert np.median(ground) == sign * 10
 
 
 def test_a_cleaned_background_leaves_bounds_that_differ_and_noise_of_one_grey_level():
@@ -285,9 +292,10 @@ def test_a_named_polarity_is_taken_at_its_word():
     assert not normalize(voxels, measure(voxels, "dark")).any()
 
 
-def test_a_stack_with_both_dark_and_bright_structure_is_computed_everywhere():
+@pytest.mark.parametrize("bright", [170, 190])
+def test_a_stack_with_both_dark_and_bright_structure_is_computed_everywhere(bright):
     voxels = np.full((16, 32, 64), 100, dtype=np.uint8)
-    voxels[8, :, 10], voxels[8, :, 50] = 190, 10
+    voxels[8, :, 10], voxels[8, :, 50] = bright, 10
     statistics = measure(voxels)
     assert not statistics.sure
     assert foreground(voxels, statistics).all()

@@ -103,9 +103,11 @@ def test_a_network_that_sees_one_voxel_gives_the_same_block_wise_and_whole(netwo
 @pytest.mark.parametrize("value, said", [(np.nan, "NaN or inf"), (np.inf, "NaN or inf"), (-1e39, r"beyond 3.4e\+38")])
 def test_voxels_that_are_no_number_are_refused(network, value, said):
     voxels = noise((8, 40, 40)).astype(np.float64)
+    statistics = ViT3DImageProcessor.from_config(network.config).measure(voxels)
     voxels[3, 5, 7] = value
-    with pytest.raises(ValueError, match=said):
-        segment(network, Volume(voxels))
+    for known in (None, statistics):
+        with pytest.raises(ValueError, match=said):
+            segment(network, Volume(voxels), statistics=known)
 
 
 def test_an_array_is_told_how_to_become_a_volume(network):

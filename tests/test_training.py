@@ -319,6 +319,17 @@ def test_one_of_several_channels_is_trained_on_as_if_it_were_alone(config, data,
     assert timeless[0] == timeless[1]
 
 
+def test_what_was_made_ready_of_one_channel_is_not_taken_for_another(config, data, tmp_path):
+    neuron = read_volume(data / "voxel.tif")
+    both = np.stack([neuron.voxels, neuron.voxels // 2], axis=1)
+    imwrite(tmp_path / "voxel.tif", both, imagej=True, metadata={"axes": "ZCYX"})
+    shutil.copy(data / "voxel.swc", tmp_path)
+    for channel in (0, 1):
+        pair = {**row("voxel", tmp_path), "channel": channel}
+        (volume,), _ = training_volumes(config, [pair], CONFIG, tmp_path / "store")
+        np.testing.assert_array_equal(volume.voxels, both[:, channel])
+
+
 @pytest.mark.slow
 def test_simulated_neurons_alone_are_enough(config, tmp_path):
     train(replace(config, data="", validate=(), simulated=1, max_steps=1))
@@ -621,6 +632,13 @@ def test_a_checkpoint_says_at_which_spacing_it_was_trained(config, tiny, data, t
     assert recorded() == tuple(np.median(list(stated.values()), axis=0))
     assert recorded(spacing_um=(2.0, 0.7, 0.7), max_steps=1) == (2.0, 0.7, 0.7)
     assert training_spacing([], config) is None  # simulated neurons alone: what the network said before
+
+
+def test_a_neuron_that_validates_does_not_decide_at_which_spacing_is_trained(config, tmp_path):
+    steps = {"um": 3.0, "voxel": 1.0}
+    rows = [{**row(name, tmp_path), "spacing_um": (step, step, step)} for name, step in steps.items()]
+    assert config.validate == ("um",)
+    assert training_spacing(rows, config) == (1, 1, 1)
 
 
 def row(name: str, folder: Path) -> dict:
