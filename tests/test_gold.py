@@ -137,13 +137,13 @@ def test_a_neurite_without_gold_is_untraced_and_noise_is_not(noise):
     image[28:30, 10:12, 50:52] = 255  # a speck
     image += np.random.default_rng(0).normal(20 * (noise > 0), noise, image.shape)
     volume = Volume(np.clip(image, 0, 255).astype(np.uint8))
-    untraced = untraced_structure(volume, traced)
+    untraced = untraced_structure(traced, volume)
     assert untraced[paint(missing, untraced.shape)].mean() > 0.9
     assert not untraced[:, :30].any()
     assert untraced.sum() < 4 * paint(missing, untraced.shape).sum()
     both = NeuronTree(np.concatenate([traced.points, missing.points]), np.full(4, 2.0), [-1, 0, -1, 2], unit="voxel")
-    assert not untraced_structure(volume, both).any()
-    assert_array_equal(untraced_structure(Volume(255 - volume.voxels), traced, polarity="dark"), untraced)
+    assert not untraced_structure(both, volume).any()
+    assert_array_equal(untraced_structure(traced, Volume(255 - volume.voxels), polarity="dark"), untraced)
 
 
 def test_a_neurite_without_gold_may_be_as_dim_as_the_dimmest_that_has_one():
@@ -153,7 +153,7 @@ def test_a_neurite_without_gold_may_be_as_dim_as_the_dimmest_that_has_one():
     )
     for tree, level in ((bright, 250), (dim, 80), (missing, 80)):
         image[paint(tree, shape)] = level
-    untraced = untraced_structure(Volume(image), NeuronTree.together([bright, dim]))
+    untraced = untraced_structure(NeuronTree.together([bright, dim]), Volume(image))
     assert untraced[10, 50, 4:90].mean() > 0.9
 
 
@@ -161,14 +161,14 @@ def test_a_neurite_without_gold_may_be_as_dim_as_the_dimmest_that_has_one():
 def test_a_piece_of_too_few_voxels_is_noise(min_voxels, seen):
     image = np.zeros((32, 64, 96), np.uint8)
     image[20:22, 40:43, 50:52] = 60  # blurred, some 150 voxels are bright
-    found = untraced_structure(Volume(image), NeuronTree.empty("voxel"), min_voxels=min_voxels)
+    found = untraced_structure(NeuronTree.empty("voxel"), Volume(image), min_voxels=min_voxels)
     assert found.any() == seen
 
 
 def test_noise_alone_holds_no_structure():
     noise = np.clip(np.random.default_rng(0).normal(120, 35, (32, 64, 96)), 0, 255).astype(np.uint8)
-    assert not untraced_structure(Volume(noise), NeuronTree.empty("voxel")).any()
-    assert not untraced_structure(Volume(np.full((8, 16, 16), 9, np.uint8)), NeuronTree.empty("voxel")).any()
+    assert not untraced_structure(NeuronTree.empty("voxel"), Volume(noise)).any()
+    assert not untraced_structure(NeuronTree.empty("voxel"), Volume(np.full((8, 16, 16), 9, np.uint8))).any()
 
 
 @pytest.mark.slow
@@ -176,6 +176,6 @@ def test_the_untraced_axon_of_op_5_is_seen(shared):
     """The gold begins at x = 190; the axon goes on to (z, y, x) = (10, 390, 137)."""
     volume = read_volume(shared / "data/op/OP_5.tif")
     gold, _ = align_gold(read_swc(shared / "data/op/OP_5.swc", unit="voxel"), volume)
-    untraced = untraced_structure(volume, gold)
+    untraced = untraced_structure(gold, volume)
     assert untraced[:, 300:400, 120:180].any(axis=(0, 2)).all()
     assert untraced.mean() < 0.002

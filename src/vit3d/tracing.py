@@ -204,12 +204,11 @@ def _neuron(
 
 
 def _without_stubs(tree: NeuronTree, rows: np.ndarray, bridges: list[np.ndarray]) -> np.ndarray:
-    """Those of the rows that are not the beginning of a bridge to what is left out, from which no branch goes off."""
+    """Those of the rows that are not the beginning of a bridge to what is left out; no branch goes off a bridge."""
     inside = np.zeros(len(tree), dtype=bool)
     inside[rows] = True
-    kept_children = np.bincount(tree.parents[rows[tree.parents[rows] >= 0]], minlength=len(tree))
     for bridge in bridges:
-        if inside[bridge[[0, -1]]].sum() == 1 and (kept_children[bridge[1:-1]] <= 1).all():
+        if inside[bridge[[0, -1]]].sum() == 1:
             inside[bridge[1:-1]] = False
     return rows[inside[rows]]
 

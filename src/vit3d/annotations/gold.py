@@ -109,10 +109,10 @@ def likely_cause(tree: NeuronTree, volume: Volume, *, polarity: str = "bright") 
 
 
 def untraced_structure(
-    volume: Volume,
     tree: NeuronTree,
-    distance_vox: float = 6.0,
+    volume: Volume,
     *,
+    distance_vox: float = 6.0,
     polarity: str = "bright",
     min_voxels: int = 100,
 ) -> np.ndarray:
@@ -141,7 +141,7 @@ def without_untraced(tree: NeuronTree, gold: NeuronTree, volume: Volume, *, pola
     Its precision is not lowered by neurites that the annotator left out.
     """
     voxels = np.clip(np.rint(tree.points).astype(int), 0, np.array(volume.shape) - 1)
-    unjudged = untraced_structure(volume, gold, polarity=polarity)[tuple(voxels.T)]
+    unjudged = untraced_structure(gold, volume, polarity=polarity)[tuple(voxels.T)]
     return tree.take(np.flatnonzero(~unjudged))
 
 

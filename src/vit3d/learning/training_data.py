@@ -225,7 +225,7 @@ def _made_ready(row: dict, config: TrainingConfig, processor: ViT3DImageProcesso
     shape = pair.volume.shape
     if not radii_fit(pair.gold, shape):
         warnings.warn(f"{row['name']}: by its radii the gold fills its stack; they are not used.", stacklevel=2)
-    untraced = untraced_structure(pair.volume, pair.gold, polarity=pair.polarity)
+    untraced = untraced_structure(pair.gold, pair.volume, polarity=pair.polarity)
     labels = training_labels(pair.gold, shape, min_radius_vox=MIN_RADIUS_VOX, untraced=untraced)
     volume = TrainingVolume.prepare(row["name"], pair.volume.voxels, labels, processor)
     return replace(volume, shift_vox=pair.shift_vox)
