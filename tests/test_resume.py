@@ -164,9 +164,11 @@ def test_what_a_kill_leaves_half_written_is_not_read(config, whole):
     (out / "state" / "6.partial" / "optimizer.bin").write_bytes(b"half")
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
+    (out / ".training.json.5f2a.partial").write_text("{")
     train(config, resume=True)
     assert losses(out) == losses(whole)
     assert [path.name for path in (out / "state").iterdir()] == ["8"]
+    assert not list(out.rglob("*.partial"))
 
 
 def test_a_run_goes_on_in_another_place_with_another_rhythm(config, whole, pair, tmp_path):

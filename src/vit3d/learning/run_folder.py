@@ -93,6 +93,8 @@ class RunFolder:
             raise ValueError(f"Another process trained in {self.path} meanwhile.")
         for leftover in self.states.glob("*.partial"):
             shutil.rmtree(leftover)
+        for leftover in self.path.glob(".*.partial"):
+            leftover.unlink()
         _write_text(self.facts, json.dumps(facts, indent=2))
         lines = [json.dumps(row) for row in self.rows() if row["step"] <= self.step]
         _write_text(self.metrics, "".join(line + "\n" for line in lines))
