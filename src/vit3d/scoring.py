@@ -210,22 +210,22 @@ def _contradictions(side: _Side, in_run: np.ndarray, other: SampledTree, thresho
     """
     if len(other.points) == 0 or len(side.far) == 0:
         return 0
-    tree = side.sampled.tree
-    counts = [_contradictions_below(rooted, in_run, side, other, threshold) for rooted in _rooted_at_tips(tree)]
-    part = tree.root_of
-    return int(np.max([np.bincount(part[rows], minlength=len(tree)) for rows in counts], axis=0).sum())
-
-
-def _contradictions_below(tree: NeuronTree, in_run, side: _Side, other: SampledTree, threshold: float) -> np.ndarray:
-    """One row of each place that joins what the other tree keeps apart, as the tree is rooted."""
-    rows = np.arange(len(tree))
-    above = _climb(tree.parents, path_lengths(tree), 10 * threshold)
-    runs_above = path_sums(tree, in_run)
-    one = rows[runs_above == runs_above[above]]
-    one = one[other.way(side.nearest[one], side.nearest[above[one]]) > 20 * threshold]
-    run_of = connected_runs(tree.parents, np.isin(rows, one))
-    apart = one[_all_apart(other, tree.points[one], tree.points[above[one]], threshold)]
-    return apart[np.unique(run_of[apart], return_index=True)[1]]
+    tree, rows = side.sampled.tree, np.arange(len(side.far))
+    above, is_one, is_apart = np.full(len(rows), -1), np.zeros(len(rows), bool), np.zeros(len(rows), bool)
+    part, counts = tree.root_of, []
+    for rooted in _rooted_at_tips(tree):
+        tops = _climb(rooted.parents, path_lengths(rooted), 10 * threshold)
+        asked, above = rows[tops != above], tops  # from the other end most pairs are the same
+        runs_above = path_sums(rooted, in_run)
+        one = asked[runs_above[asked] == runs_above[above[asked]]]
+        one = one[other.way(side.nearest[one], side.nearest[above[one]]) > 20 * threshold]
+        is_one[asked] = is_apart[asked] = False
+        is_one[one] = True
+        is_apart[one] = _all_apart(other, tree.points[one], tree.points[above[one]], threshold)
+        apart = rows[is_apart]
+        _, first = np.unique(connected_runs(rooted.parents, is_one)[apart], return_index=True)
+        counts.append(np.bincount(part[apart[first]], minlength=len(rows)))
+    return int(np.maximum(*counts).sum())
 
 
 def _climb(parents: np.ndarray, distance: np.ndarray, reach: float) -> np.ndarray:
@@ -261,9 +261,13 @@ def _rooted_at_tips(tree: NeuronTree) -> tuple[NeuronTree, NeuronTree]:
 
 def _furthest(tree: NeuronTree) -> np.ndarray:
     """(T,) of each tree the node furthest from its root along the cable, in the order of the roots."""
-    root_of = tree.root_of
-    order = np.lexsort((np.round(path_lengths(tree), 6), root_of))
-    return order[np.flatnonzero(np.diff(root_of[order], append=len(tree)))]
+    root_of, length = tree.root_of, np.round(path_lengths(tree), 6)
+    longest = np.zeros(len(tree))
+    np.maximum.at(longest, root_of, length)
+    rows = np.flatnonzero(length == longest[root_of])
+    furthest = np.full(len(tree), -1)
+    furthest[root_of[rows]] = rows  # of several the last
+    return furthest[furthest >= 0]
 
 
 def score_masks(predicted, gold, *, evaluate=None, spacing_um: tuple[float, ...] | None = None) -> dict[str, float]:
