@@ -659,3 +659,6 @@ def test_a_row_takes_the_place_of_a_last_line_cut_short(tmp_path):
         file.write('{"step": 2, "lo')
     add_json_line(path, {"step": 2})
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    path.write_text('{"step": 1}\n{"step": 2}')
+    add_json_line(path, {"step": 3})
+    assert json_lines(path) == [{"step": 1}, {"step": 2}, {"step": 3}]

@@ -31,12 +31,15 @@ def json_lines(path: Path | None) -> list[dict]:
 
 def add_json_line(path: Path, row: dict) -> None:
     """Append a row to such a file, in place of a last line that a kill cut short."""
-    line = (json.dumps(row) + "\n").encode()
-    with path.open("ab+") as file:
-        file.seek(0)
-        before = file.read()
-        file.truncate(before.rfind(b"\n") + 1)
-        file.write(line)
+    before = path.read_bytes() if path.exists() else b""
+    end = before.rfind(b"\n") + 1
+    with path.open("ab") as file:
+        try:
+            json.loads(before[end:] or b"{}")
+            file.write(b"\n" * (end < len(before)))  # a whole line, of an editor say, that only lacks its end
+        except ValueError:
+            file.truncate(end)
+        file.write((json.dumps(row) + "\n").encode())
 
 
 def as_table(rows: list[dict]) -> str:

@@ -120,8 +120,9 @@ def trace_with_review(  # noqa: PLR0913 (those of `trace`, and one)
     left_out = _left_out(whole, rows)
     _warn_of_rivals(tree, left_out, root)
     reviews = sorted(_joins(tree, bridges) + _weak_spots(tree, bridges), key=lambda review: review.confidence)
-    tree = NeuronTree.together([_begun(part, foreground, hub=root is None) for part in tree.split()])
-    tree = tree if root is None else _started(tree, np.array(root))
+    main, *others = (_begun(part, foreground, hub=root is None) for part in tree.split())
+    main = main if root is None else _started(main, np.array(root))
+    tree = NeuronTree.together([main, *others])
     tree = tree.sorted() if step_um is None else resample(tree, step_um)
     return tree, left_out + reviews
 
@@ -220,7 +221,7 @@ def _begun(tree: NeuronTree, foreground: Foreground, hub: bool) -> NeuronTree:
 
 
 def _started(tree: NeuronTree, root: np.ndarray) -> NeuronTree:
-    """With the node nearest to the root, or the soma around it, as a root again: a soma made itself one."""
+    """The tree from the node nearest to `root`, or the soma around it, again: a soma made itself its root."""
     away = np.linalg.norm(tree.points - root, axis=1) - np.where(tree.types == SOMA, tree.radii, 0)
     return tree.rerooted(int(away.argmin()))
 
