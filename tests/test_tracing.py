@@ -17,7 +17,7 @@ from vit3d.formats.lazy_voxels import LazyVoxels
 from vit3d.model.intensity_vit3d import IntensityStatistics
 from vit3d.morphometry import measure
 from vit3d.reconstruction import masked
-from vit3d.simulate import random_neuron
+from vit3d.simulate import random_neuron, simulate_neuron
 from vit3d.targets import paint
 from vit3d.tracing import trace, trace_with_review
 from vit3d.tree import SOMA, NeuronTree
@@ -137,6 +137,20 @@ def test_flips_and_transpositions_of_the_input_give_the_same_tree(axes, flips):
     points[:, list(axes)] = again.points
     assert len(points) == len(tree)
     assert cKDTree(tree.points).query(points)[0].max() < 1e-6
+
+
+@pytest.mark.parametrize("factor", [10, 1000, 1 / 3, 7.3])
+def test_the_unit_of_the_spacing_changes_no_path(factor):
+    spacing_um = np.array((1.0, 0.33, 0.33))
+    volume, gold = simulate_neuron(seed=2, shape=(32, 96, 96), spacing_um=tuple(spacing_um))
+    mask = paint(gold, volume.shape, min_radius_vox=1)
+    mask[:, 40:43] = False  # gaps to bridge
+    tree, found = trace_with_review(Volume(mask, tuple(spacing_um)))
+    again, refound = trace_with_review(Volume(mask, tuple(factor * spacing_um)))
+    assert np.array_equal(again.parents, tree.parents)
+    assert again.points / factor == pytest.approx(tree.points, abs=1e-6)
+    assert again.radii / factor == pytest.approx(tree.radii, abs=1e-6)
+    assert [review.kind for review in refound] == [review.kind for review in found]
 
 
 @pytest.mark.parametrize("radius", [2.0, 3.0, 5.0])

@@ -111,7 +111,8 @@ def trace_with_review(  # noqa: PLR0913 (those of `trace`, and one)
         return NeuronTree.empty(unit, volume.spacing_um), []
     foreground = _without_dust(foreground, min_voxels)
     step = np.array(volume.spacing_um or (1.0, 1.0, 1.0))
-    tree = skeletonize(foreground, min_branch_um or 0.0)
+    finest = step.min()
+    tree = skeletonize(foreground, (min_branch_um or 0.0) / finest).scaled(finest)
     tree = replace(tree, unit=unit, spacing_um=volume.spacing_um)
     gap = _GAP_VOXELS * step[1:].min() if max_gap_um is None else max_gap_um
     tree, bridges = join_fragments(tree, volume, level, step, gap)
@@ -216,7 +217,9 @@ def _without_stubs(tree: NeuronTree, rows: np.ndarray, bridges: list[np.ndarray]
 
 def _begun(tree: NeuronTree, foreground: Foreground, hub: bool) -> NeuronTree:
     """One tree with the soma, or the `hub`, that it leaves."""
-    tree = with_soma(tree, foreground)
+    finest = min(tree.spacing_um or (1.0,))
+    begun = with_soma(tree.scaled(1 / finest), foreground).scaled(finest)
+    tree = replace(begun, spacing_um=tree.spacing_um)  # to the last digit
     return with_hub(tree) if hub else tree
 
 

@@ -18,11 +18,12 @@ _CAVITY_VOXELS = 32  # across: of a nucleus that no label enters
 class Foreground:
     """N foreground voxels, in a pose of their own: axes permuted and flipped by the shape they form.
 
-    So ties between equal paths are broken alike however the volume lies, and its flips give flipped trees.
+    So ties between equal paths are broken alike however the volume lies, and its flips give flipped trees. Lengths are
+    in units of the finest axis of a voxel, so that they are alike in whatever unit the spacing is stated.
 
     linear: (N,) int64, flat index of each voxel in a volume of this `shape`, ascending.
     probability: (N,) float32 in (0, 1].
-    shape, step: size of the volume in voxels and of a voxel in um (or voxels), axes as posed.
+    shape, step: size of the volume in voxels and of a voxel, 1 along its finest axis; axes as posed.
     axes, flips: posed axis a is axis `axes[a]` of the volume, counted from its end where `flips[a]`.
     """
 
@@ -37,6 +38,7 @@ class Foreground:
     def posed(cls, linear: np.ndarray, probability: np.ndarray, volume: Volume) -> "Foreground":
         """From flat indices into the volume: longest axis first, the long tail of each axis at its end."""
         shape, step = np.array(volume.shape), np.array(volume.spacing_um or (1.0, 1.0, 1.0))
+        step = np.round(step / step.min(), 9)  # the last digits differ from unit to unit
         index = _unravelled(linear, volume.shape)
         spread, skew = np.array([_spread_and_skew(index[:, axis], shape[axis]) for axis in range(3)]).T
         axes = np.argsort(-np.round(spread, 6), kind="stable")
@@ -59,11 +61,11 @@ class Foreground:
 
     @property
     def points(self) -> np.ndarray:
-        """(N, 3) float64 centres of the voxels in the volume (z, y, x), in um (or voxels)."""
+        """(N, 3) float64 centres of the voxels in the volume (z, y, x)."""
         return self.in_volume(self.index)
 
     def in_volume(self, index: np.ndarray) -> np.ndarray:
-        """Points (M, 3) from voxel coordinates as posed to (z, y, x) of the volume, in um (or voxels)."""
+        """Points (M, 3) from voxel coordinates as posed to (z, y, x) of the volume."""
         points = np.empty((len(index), 3))
         points[:, self.axes] = np.where(self.flips, np.array(self.shape) - 1 - index, index) * self.step
         return points
