@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -768,4 +770,17 @@ def test_where_there_is_no_room_that_is_said_and_nothing_is_left(tmp_path, check
         run = process(*words, "--model", checkpoint, code=small + "from vit3d.cli import main; main()")
         assert (run.returncode, "Traceback" in run.stderr) == (2, False)
         assert run.stderr.splitlines()[-1].startswith("vit3d: There is no room left for what is written")
+    assert files(tmp_path) == {"a.tif"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_is_told_to_stop_leaves_nothing_half_written(tmp_path, checkpoint, number):
+    stack = written(tmp_path / "a.tif", np.random.default_rng(0).integers(0, 255, (12, 96, 96)).astype(np.uint8))
+    words = [sys.executable, "-c", "from vit3d.cli import main; main()", "reconstruct", stack, "--model", checkpoint]
+    run = subprocess.Popen([*map(str, words), "--out", str(tmp_path / "out")], stderr=subprocess.DEVNULL)
+    while run.poll() is None and not list(tmp_path.glob("out/.*.partial")):
+        time.sleep(0.01)
+    run.send_signal(number)
+    assert run.wait(timeout=60) == 128 + number
     assert files(tmp_path) == {"a.tif"}

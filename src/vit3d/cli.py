@@ -2,8 +2,10 @@
 
 import csv
 import os
+import signal
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -711,9 +713,16 @@ def _warn(message, category, *_) -> None:
         _complain(message)
 
 
+def _stop(number: int, _) -> None:
+    """Leave as after Ctrl-C, what is half written taken away: so schedulers and containers stop what runs."""
+    sys.exit(128 + number)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The `vit3d` command: one sentence and exit status 2 for what a person can mend, no traceback."""
     warnings.showwarning = _warn
+    with suppress(ValueError):  # only a main thread hears of signals
+        signal.signal(signal.SIGTERM, _stop)
     if (sys.argv[1:] if arguments is None else arguments)[:1] != ["train"]:  # which has the machine to itself
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait block another program
     if not sys.stderr.isatty():
