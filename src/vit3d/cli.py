@@ -358,22 +358,10 @@ def trace(
     Voxels that all lie from 0 to 1 are a probability (unless --threshold intensity), two values a mask, anything else
     grey levels.
     """
-    from .centerlines.level import find_level
     from .model.intensity_vit3d import measure as measure_stack
-    from .reconstruction import (
-        check_mask,
-        fits_in_memory,
-        inverted,
-        masked,
-        place,
-        placed_reviews,
-        reviews_in,
-        within,
-    )
+    from .reconstruction import fits_in_memory, reviews_in, trace_part
     from .results import refuse_foreign, swc_files, tell_of_earlier, write_review
-    from .tracing import trace_with_review
     from .tree import write_swc
-    from .volume import Volume
 
     if polarity not in ("bright", "dark"):
         raise ValueError(f"--polarity takes bright or dark here, got {polarity!r}.")
@@ -382,27 +370,21 @@ def trace(
     budget = bytes_of(memory_budget)
     volume = open_stack(probability, spacing, channel, level, lambda v: not fits_in_memory(v, budget), missing_as_fill)
     unit, box = unit_of(swc_unit, "--swc-unit", volume.spacing_um), box_of(crop, volume.shape)
-    start = root_of(root, box, volume.spacing_um)
-    allowed = open_mask(mask, missing_as_fill)
-    if allowed is not None:
-        check_mask(allowed, volume)  # before the long part
-    volume = inverted(volume) if polarity == "dark" else volume
-    part, found = find_level(within(volume, box), cut)
-    if allowed is not None:
-        part = masked(part, within(Volume(allowed), box).voxels, found.dark)
-    tree, reviews = trace_with_review(
-        part,
-        threshold=found,
-        root=start,
+    tree, reviews = trace_part(
+        volume,
+        box,
+        open_mask(mask, missing_as_fill),
+        dark=polarity == "dark",
+        threshold=cut,
+        root=root_of(root, box, volume.spacing_um),
         min_branch_um=min_branch_um,
         max_gap_um=max_gap_um,
         step_um=step_um,
         forest=forest,
     )
     unit = unit or tree.unit
-    reviews = reviews_in(unit, placed_reviews(reviews, tree, box), tree)
-    write_review(reviews, make_room(out).with_name(out.stem + "_review.csv"), unit)
-    files = dict(swc_files(place(tree, box), out, forest))
+    write_review(reviews_in(unit, reviews, tree), make_room(out).with_name(out.stem + "_review.csv"), unit)
+    files = dict(swc_files(tree, out, forest))
     for path, part in files.items():
         write_swc(part, path, unit=unit)
     tell_of_earlier(out, {path.name for path in files})

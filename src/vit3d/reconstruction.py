@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from .centerlines.level import LIKELY
+from .centerlines.level import LIKELY, find_level
 from .centerlines.prominence import light_of_its_own
 from .formats.lazy_voxels import ChangedVoxels, LazyVoxels, VoxelsWithin, pieces
 from .model.intensity_vit3d import fill_level
@@ -167,6 +167,24 @@ def reconstruct_on_disk(  # noqa: PLR0913 (those of `reconstruct`, and two)
     probability = on_grid_of(probability, part)
     reviews = placed_reviews(reviews, tree, box)
     return Reconstruction(part, probability, place(tree, box), reviews, statistics.polarity, box)
+
+
+def trace_part(
+    volume: Volume, box: Box, mask=None, *, dark: bool = False, threshold: float | str = "auto", **tracing
+) -> tuple[NeuronTree, list[Review]]:
+    """`trace`, and what deserves a look, of the part of a volume inside `box`, in the coordinates of the whole.
+
+    The volume may lie on disk, and so may `mask`, as `reconstruct` takes it. dark: neurites on a bright ground.
+    `tracing` goes to `trace`; its `root` counts from the box.
+    """
+    if mask is not None:
+        check_mask(mask, volume)  # before the long part
+    volume = inverted(volume) if dark else volume
+    part, level = find_level(within(volume, box), threshold)
+    if mask is not None:
+        part = masked(part, within(Volume(mask), box).voxels, level.dark)
+    tree, reviews = trace_with_review(part, threshold=level, **tracing)
+    return place(tree, box), placed_reviews(reviews, tree, box)
 
 
 def fits_in_memory(volume: Volume, memory_bytes: float, box: Box | None = None, config=None) -> bool:
