@@ -35,11 +35,11 @@ from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
 from vit3d.checkpoint import load_checkpoint, preferred_dtype
+from vit3d.learning.patches import CropDataset, TrainingVolume
 from vit3d.model.configuration_vit3d import ViT3DConfig
 from vit3d.model.image_processing_vit3d import ViT3DImageProcessor
 from vit3d.model.inference_vit3d import window_plan
 from vit3d.model.modeling_vit3d import ViT3DForNeuronSegmentation
-from vit3d.patches import CropDataset, TrainingVolume
 from vit3d.segmentation import segment
 from vit3d.simulate import random_neuron
 from vit3d.tables import fill_card, markdown_table

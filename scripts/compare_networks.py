@@ -32,12 +32,12 @@ from vit3d.annotations.gold import align_gold, without_untraced
 from vit3d.bigneuron import find_pairs
 from vit3d.checkpoint import preferred_dtype
 from vit3d.learning.optimization import parameter_groups
+from vit3d.learning.patches import CropDataset
 from vit3d.learning.training_config import TrainingConfig
 from vit3d.learning.training_data import tell_spacing, training_volumes
 from vit3d.model.configuration_vit3d import ViT3DConfig
 from vit3d.model.image_processing_vit3d import ViT3DImageProcessor
 from vit3d.model.modeling_vit3d import MISSED_SHARE, ViT3DForNeuronSegmentation, segmentation_loss
-from vit3d.patches import CropDataset
 from vit3d.scoring import score_trees
 from vit3d.segmentation import segment
 from vit3d.tables import add_json_line, fill_card, json_lines, markdown_table

@@ -9,8 +9,8 @@ from transformers import Trainer, TrainingArguments
 
 from runs import SIZES, WINDOW, make_checkpoint, make_pairs, weights
 from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation
+from vit3d.learning.patches import CropDataset
 from vit3d.learning.training_data import crop_dataset
-from vit3d.patches import CropDataset
 from vit3d.training import TrainingConfig, TrainingRun, train
 
 

@@ -17,7 +17,7 @@ from vit3d import ViT3DConfig, ViT3DImageProcessor
 from vit3d.annotations.annotation import read_labels, read_stack
 from vit3d.annotations.pairs import find_pairs
 from vit3d.learning.augmentation import Augmentation
-from vit3d.patches import MAX_TOKENS, CropDataset, TrainingVolume, choose_tokens, prepared
+from vit3d.learning.patches import MAX_TOKENS, CropDataset, TrainingVolume, choose_tokens, prepared
 from vit3d.targets import IGNORED
 
 CONFIG = ViT3DConfig(volume_size=(8, 32, 32), patch_size=(4, 8, 8))
@@ -176,7 +176,7 @@ def test_image_and_labels_stay_on_each_other():
 
 
 def test_the_token_mask_stays_on_the_image(monkeypatch):
-    monkeypatch.setattr("vit3d.patches.choose_tokens", lambda selected, rng, most: selected)
+    monkeypatch.setattr("vit3d.learning.patches.choose_tokens", lambda selected, rng, most: selected)
     for item in (crops(augmentation=Augmentation.none(flip=0.5, transpose=0.5))[i] for i in range(12)):
         bright = item["pixel_values"][0] > 0
         assert dense_mask(item, CONFIG)[bright].all()
@@ -185,7 +185,7 @@ def test_the_token_mask_stays_on_the_image(monkeypatch):
 
 def test_a_network_is_shown_the_light_that_a_variation_adds_as_background(monkeypatch):
     """As `segment` would show it: cells out of focus are bright enough to be selected."""
-    monkeypatch.setattr("vit3d.patches.choose_tokens", lambda selected, rng, most: selected)
+    monkeypatch.setattr("vit3d.learning.patches.choose_tokens", lambda selected, rng, most: selected)
     plain, crowded = (crops(augmentation=Augmentation.none(**varied)) for varied in ({}, {"crowd": 1}))
     for before, after in ((plain[i], crowded[i]) for i in range(12)):
         kept, added = after["token_mask"], after["token_mask"] & ~before["token_mask"]
@@ -197,7 +197,7 @@ def test_a_network_is_shown_the_light_that_a_variation_adds_as_background(monkey
 
 
 def test_an_unvaried_crop_adds_nothing_to_the_selection_of_its_volume(monkeypatch):
-    monkeypatch.setattr("vit3d.patches.choose_tokens", lambda selected, rng, most: selected)
+    monkeypatch.setattr("vit3d.learning.patches.choose_tokens", lambda selected, rng, most: selected)
     volume = training_volume()
     dataset = crops(volumes=[replace(volume, mask=np.zeros_like(volume.mask))], augmentation=NOTHING)
     assert not any(item["token_mask"].any() for item in dataset)

@@ -29,6 +29,7 @@ from vit3d.checkpoint import load_checkpoint
 from vit3d.cli import main
 from vit3d.learning.augmentation import Augmentation
 from vit3d.learning.launching import num_workers
+from vit3d.learning.patches import CropDataset
 from vit3d.learning.training_data import (
     MIN_RADIUS_VOX,
     _box_around,
@@ -42,7 +43,6 @@ from vit3d.learning.training_data import (
 from vit3d.learning.validation import Validator
 from vit3d.metrics import metric_folder
 from vit3d.morphometry import resample
-from vit3d.patches import CropDataset
 from vit3d.reconstruction import reconstruct
 from vit3d.regridding import as_trained
 from vit3d.scoring import score_trees

@@ -26,6 +26,7 @@ from .learning.cldice import soft_cldice_loss
 from .learning.consistency import disagreement
 from .learning.launching import num_workers, start_accelerator
 from .learning.optimization import freeze, optimizer_and_schedule, parameter_groups
+from .learning.patches import CropDataset
 from .learning.run_folder import Log, RunFolder, copy_checkpoint, save
 from .learning.training_config import TrainingConfig
 from .learning.training_data import chosen_neurons, neuron_facts, tell_spacing, training_volumes
@@ -33,7 +34,6 @@ from .model.auto_vit3d import register
 from .model.configuration_vit3d import ViT3DConfig
 from .model.image_processing_vit3d import ViT3DImageProcessor
 from .model.modeling_vit3d import ViT3DForNeuronSegmentation
-from .patches import CropDataset
 
 __all__ = ["TrainingConfig", "TrainingRun", "initial_model", "parameter_groups", "save", "train"]
 

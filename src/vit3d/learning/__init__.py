@@ -1,1 +1,1 @@
-"""What the training loop of `vit3d.training` stands on: its configuration, data, rates, folder, validation."""
+"""What the training loop of `vit3d.training` stands on: its configuration, data, crops, rates, folder, validation."""

@@ -15,12 +15,12 @@ from ..annotations.pairs import find_pairs, split_name, splits_of
 from ..model.configuration_vit3d import ViT3DConfig
 from ..model.image_processing_vit3d import ViT3DImageProcessor
 from ..model.intensity_vit3d import measure
-from ..patches import CropDataset, TrainingVolume, prepared
 from ..regridding import as_trained
 from ..simulate import random_neuron
 from ..targets import radii_fit, training_labels
 from ..tree import NeuronTree
 from ..volume import Volume
+from .patches import CropDataset, TrainingVolume, prepared
 from .training_config import TrainingConfig
 
 MIN_RADIUS_VOX = 1.5  # thinner than that a neurite has no inside for a network that paints patches

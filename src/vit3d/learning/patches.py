@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .learning.augmentation import DEFAULT, Augmentation, resample, vary_geometry, vary_intensity, vary_orientation
-from .model.image_processing_vit3d import ViT3DImageProcessor
-from .model.intensity_vit3d import FAINT_SHARE, IntensityStatistics
-from .targets import IGNORED
+from ..model.image_processing_vit3d import ViT3DImageProcessor
+from ..model.intensity_vit3d import FAINT_SHARE, IntensityStatistics
+from ..targets import IGNORED
+from .augmentation import DEFAULT, Augmentation, resample, vary_geometry, vary_intensity, vary_orientation
 
 NEURITE_SHARE = 0.8  # of the crops are centred on a neurite, the rest on anything that looks like one
 MAX_TOKENS = 256  # kept patches per window: a bound on the cost of a step
