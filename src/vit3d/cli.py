@@ -703,10 +703,11 @@ def _stop(number: int, _) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """The `vit3d` command: one sentence and exit status 2 for what a person can mend, no traceback."""
     warnings.showwarning = _warn
-    with suppress(ValueError):  # only a main thread hears of signals
-        signal.signal(signal.SIGTERM, _stop)
-    if (sys.argv[1:] if arguments is None else arguments)[:1] != ["train"]:  # which has the machine to itself
+    # a training has the machine to itself, outlives a kill, and its ranks would wait for one that tidies up
+    if (sys.argv[1:] if arguments is None else arguments)[:1] != ["train"]:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait block another program
+        with suppress(ValueError):  # only a main thread hears of signals
+            signal.signal(signal.SIGTERM, _stop)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
