@@ -84,10 +84,21 @@ def test_a_soma_inside_a_neurite_ends_branches_and_raises_no_order():
     assert_array_equal(branch_orders(forked), [0, 0, 0])
 
 
-def test_resampling_adds_no_soma_between_two_nodes_of_one():
-    tree = NeuronTree([[0, 0, 0], [0, 0, 10], [0, 0, 30]], [5, 5, 1], [-1, 0, 1], [1, 1, 3])
-    again = resample(tree, 1.0)
-    assert_array_equal(again.points[again.types == 1], tree.points[:2])
+@pytest.mark.parametrize("step", [0.3, 1.0, 50.0])
+def test_resampling_makes_no_cable_inside_a_soma(step):
+    point = NeuronTree([[0, 0, 0], [0, 0, 6], [0, 0, 15], [0, 12, 0]], [5, 1, 1, 1], [-1, 0, 1, 0], [1, 3, 3, 3])
+    ring = [[0, 5 * np.sin(a), 5 * np.cos(a)] for a in np.linspace(0, 2 * np.pi, 8, endpoint=False)]
+    contour = NeuronTree(
+        [*ring, [0, 0, 10], [0, 0, 20], [0, 0, -20]],
+        [0.5] * 8 + [1] * 3,
+        [-1, *range(7), 0, 8, 4],
+        [1] * 8 + [3] * 3,
+    )
+    for tree in (point, contour):
+        again = resample(tree, step)
+        assert_array_equal(again.points[again.types == 1], tree.points[tree.types == 1])
+        before, after = measure(tree), measure(again)
+        assert {**after, "nodes": 0} == pytest.approx({**before, "nodes": 0})
 
 
 def test_a_full_binary_tree_has_strahler_equal_to_its_depth():

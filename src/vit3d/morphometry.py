@@ -51,9 +51,9 @@ def path_lengths(tree: NeuronTree) -> np.ndarray:
     return path_sums(tree, lengths)
 
 
-def branches(tree: NeuronTree) -> Branches:
-    """The branches of a tree whose parents come before their children (`tree.sorted()`)."""
-    rows, critical = np.arange(len(tree)), critical_nodes(tree)
+def branches(tree: NeuronTree, also: np.ndarray | bool = False) -> Branches:
+    """The branches of a tree whose parents come before their children (`tree.sorted()`), cut at `also` (N,) too."""
+    rows, critical = np.arange(len(tree)), critical_nodes(tree) | also
     only_child = rows.copy()
     only_child[tree.parents[tree.edges]] = tree.edges
     below = follow(np.where(critical, rows, only_child))  # the critical node at the far end of the branch
@@ -164,16 +164,21 @@ def _with_one_soma(tree: NeuronTree) -> tuple[NeuronTree, np.ndarray]:
 def resample(tree: NeuronTree, step: float) -> NeuronTree:
     """The same branches with nodes about every `step` along them, evenly spaced per branch.
 
-    Roots, tips, branch points and somas stay where they are; radius and confidence are interpolated along the
-    branch, the type is that of its far end, or of its start where that would make more soma.
+    Roots, tips, branch points and somas stay where they are, and so does the first node of what leaves a soma: there
+    is no cable inside it to put nodes on. Radius and confidence are interpolated along the branch, the type is that of
+    its far end.
     """
     if not step > 0:
         raise ValueError(f"the resampling step must be positive, got {step}.")
     tree = tree.sorted()
     if tree.cable_length / step > _MOST_NODES:
         raise ValueError(f"a resampling step of {step} makes more than {_MOST_NODES} nodes; take a longer one.")
-    found, roots = branches(tree), np.flatnonzero(tree.parents < 0)
+    is_soma, beside = tree.types == SOMA, np.zeros(len(tree), bool)
+    child, parent = tree.edges, tree.parents[tree.edges]
+    beside[child[is_soma[parent]]] = beside[parent[is_soma[child]]] = True
+    found, roots = branches(tree, beside), np.flatnonzero(tree.parents < 0)
     counts = np.maximum(np.rint(found.lengths / step).astype(int), 1)  # nodes per branch, the far end included
+    counts[is_soma[found.starts] | is_soma[found.ends]] = 1
     branch = np.repeat(np.arange(len(counts)), counts)
     nth = np.arange(len(branch)) - np.repeat(np.cumsum(counts) - counts, counts) + 1
     columns = [tree.points, tree.radii[:, None]]
@@ -186,9 +191,7 @@ def resample(tree: NeuronTree, step: float) -> NeuronTree:
     new_root[roots] = np.arange(len(roots))
     start = np.where(found.parents < 0, new_root[found.starts], last[found.parents])
     parents = np.where(nth == 1, start[branch], len(roots) + np.arange(len(branch)) - 1)
-    end_type, start_type = tree.types[found.ends[branch]], tree.types[found.starts[branch]]
-    makes_soma = (end_type == SOMA) & (nth < counts[branch])
-    types = np.concatenate([tree.types[roots], np.where(makes_soma, start_type * (start_type != SOMA), end_type)])
+    types = np.concatenate([tree.types[roots], tree.types[found.ends[branch]]])
     confidence = None if tree.confidence is None else values[:, 4]
     parents = np.concatenate([np.full(len(roots), -1), parents])
     resampled = replace(tree, points=values[:, :3], radii=values[:, 3], parents=parents, types=types,
