@@ -251,6 +251,25 @@ def test_a_crop_gives_the_tree_of_the_whole_in_its_coordinates(vit3d, tmp_path):
     assert read_volume(tmp_path / "part" / "a_probability.tif").shape == (17, 62, 97)
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_box_may_be_written_as_python_writes_slices(tmp_path, on_disk):
+    volume, model = Volume(y_stack(), SPACING), Photograph()
+    depth, height, width = volume.shape
+    usual = (slice(3, depth), slice(0, height), slice(30, width - 4))
+    short = (slice(3 - depth, None), slice(None), slice(30, -4))
+    if on_disk:
+        write_volume(volume, tmp_path / "a.zarr")
+        volume = open_volume(tmp_path / "a.zarr")
+        trees = [
+            reconstruct_on_disk(model, volume, tmp_path / f"{n}.zarr", box=box).tree
+            for n, box in enumerate((usual, short))
+        ]
+    else:
+        trees = [reconstruct(model, volume, box=box).tree for box in (usual, short)]
+    assert trees[0].points[:, 0].min() >= 3
+    assert np.array_equal(trees[1].points, trees[0].points)
+
+
 def test_the_review_and_the_swc_of_a_crop_lie_in_one_frame():
     volume, box = Volume(y_stack(), SPACING), (slice(3, 20), slice(1, 63), slice(30, 99))
     voxels = volume.voxels.copy()

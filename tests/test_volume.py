@@ -39,6 +39,17 @@ def test_a_crop_keeps_the_spacing_and_the_voxels_of_its_box():
     assert (part.voxels == voxels[2:5, 0:7, 3:]).all()
 
 
+@pytest.mark.parametrize("box", [(slice(0, 4, 2), slice(None), slice(None)), (slice(0, 4), slice(0, 4)), (0, 1, 2)])
+def test_a_box_with_a_step_or_too_few_slices_is_refused(box):
+    with pytest.raises(ValueError, match="three slices"):
+        Volume(noise(), SPACING).crop(box)
+
+
+def test_a_box_that_holds_no_voxel_is_refused():
+    with pytest.raises(ValueError, match="holds no voxel"):
+        Volume(noise(), SPACING).crop((slice(4, 4), slice(None), slice(None)))
+
+
 @pytest.mark.parametrize("spacing", [(1, 0, 1), (1, -1, 1), (1, np.nan, 1), (np.inf, 1, 1), (1, 1)])
 def test_a_spacing_that_is_not_three_positive_numbers_is_refused(spacing, tmp_path):
     with pytest.raises(ValueError, match="three positive numbers"):

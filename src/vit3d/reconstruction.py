@@ -18,7 +18,7 @@ from .regridding import as_trained, on_grid_of
 from .results import WRITTEN_BESIDE, refuse_foreign, swc_files, tell_of_earlier, write_review
 from .tracing import MIN_VOXELS, Review, check_lengths, trace_with_review
 from .tree import NeuronTree, write_swc
-from .volume import SUFFIXES, Volume, is_stack, is_url, named_stacks, open_volume, stack_name, write_volume
+from .volume import SUFFIXES, Volume, box_in, is_stack, is_url, named_stacks, open_volume, stack_name, write_volume
 
 Box = tuple[slice, slice, slice]
 
@@ -103,12 +103,12 @@ def reconstruct(
     from .segmentation import segment  # torch is loaded only here: tracing a mask needs none
 
     _check_tracing(tracing)  # before the long part
+    box = box_in(box, volume.shape)
     if mask is not None:
         check_mask(mask, volume)
     processor = processor or ViT3DImageProcessor.from_config(model.config)
     known = model.config if regrid else None
     statistics = processor.measure(as_trained(volume, known).voxels)
-    box = box or tuple(slice(0, size) for size in volume.shape)
     part = volume.crop(box)
     seen = _in_memory(as_trained(part, known))
     probability = segment(model, seen, processor=processor, statistics=statistics, select=select)
@@ -146,12 +146,12 @@ def reconstruct_on_disk(  # noqa: PLR0913 (those of `reconstruct`, and two)
     from .model.image_processing_vit3d import ViT3DImageProcessor
 
     _check_tracing(tracing)
+    box = box_in(box, volume.shape)
     if mask is not None:
         check_mask(mask, volume)
     processor = processor or ViT3DImageProcessor.from_config(model.config)
     known = model.config if regrid else None
     statistics = processor.measure(as_trained(volume, known).voxels)
-    box = box or tuple(slice(0, size) for size in volume.shape)
     part = within(volume, box)
     store.parent.mkdir(parents=True, exist_ok=True)
     options = {"processor": processor, "statistics": statistics, "select": select}
@@ -170,13 +170,14 @@ def reconstruct_on_disk(  # noqa: PLR0913 (those of `reconstruct`, and two)
 
 
 def trace_part(
-    volume: Volume, box: Box, mask=None, *, dark: bool = False, threshold: float | str = "auto", **tracing
+    volume: Volume, box: Box | None = None, mask=None, *, dark: bool = False, threshold: float | str = "auto", **tracing
 ) -> tuple[NeuronTree, list[Review]]:
     """`trace`, and what deserves a look, of the part of a volume inside `box`, in the coordinates of the whole.
 
     The volume may lie on disk, and so may `mask`, as `reconstruct` takes it. dark: neurites on a bright ground.
     `tracing` goes to `trace`; its `root` counts from the box.
     """
+    box = box_in(box, volume.shape)
     if mask is not None:
         check_mask(mask, volume)  # before the long part
     volume = inverted(volume) if dark else volume
@@ -202,8 +203,9 @@ def _check_tracing(tracing: dict) -> None:
 
 def within(volume: Volume, box: Box) -> Volume:
     """`volume.crop(box)`, but of voxels on disk nothing is read."""
-    lazy = isinstance(volume.voxels, LazyVoxels)
-    return Volume(VoxelsWithin(volume.voxels, box), volume.spacing_um) if lazy else volume.crop(box)
+    if not isinstance(volume.voxels, LazyVoxels):
+        return volume.crop(box)
+    return Volume(VoxelsWithin(volume.voxels, box_in(box, volume.shape)), volume.spacing_um)
 
 
 def masked(volume: Volume, mask, dark: float = 0.0) -> Volume:

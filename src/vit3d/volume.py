@@ -46,8 +46,23 @@ class Volume:
         return tuple(self.voxels.shape)
 
     def crop(self, box: tuple[slice, slice, slice]) -> "Volume":
-        """The part inside `box`, slices in voxels (z, y, x); the spacing stays. Of voxels on disk, it is read."""
-        return Volume(self.voxels[box], self.spacing_um)
+        """The part inside `box`, as `box_in` takes it; the spacing stays. Of voxels on disk, it is read."""
+        return Volume(self.voxels[box_in(box, self.shape)], self.spacing_um)
+
+
+def box_in(box: tuple[slice, slice, slice] | None, shape: tuple[int, ...]) -> tuple[slice, slice, slice]:
+    """Slices (z, y, x) of voxels with both ends inside `shape`, counted from its first voxel; None is all of it.
+
+    Ends may be left out, be counted from the end, or lie beyond, as Python has it. ValueError: other than three slices
+    without a step, or without a voxel.
+    """
+    box = box or (slice(None),) * 3
+    if len(box) != 3 or not all(isinstance(axis, slice) and axis.step in (None, 1) for axis in box):
+        raise ValueError(f"`box` must be three slices (z, y, x) without a step, got {box}.")
+    inside = tuple(slice(*axis.indices(size)[:2]) for axis, size in zip(box, shape, strict=True))
+    if any(axis.stop <= axis.start for axis in inside):
+        raise ValueError(f"`box` {box} holds no voxel of a stack of {tuple(shape)} (Z, Y, X).")
+    return inside
 
 
 def refuse_other_than_volume(volume) -> None:
