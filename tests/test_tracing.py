@@ -139,6 +139,15 @@ def test_flips_and_transpositions_of_the_input_give_the_same_tree(axes, flips):
     assert cKDTree(tree.points).query(points)[0].max() < 1e-6
 
 
+def test_a_probability_that_rounding_took_beyond_its_range_is_one():
+    probability = ndimage.gaussian_filter(paint(y_tree(), (32, 64, 80)).astype(np.float32), 1)
+    beyond = np.where(probability > 0.8, 1 + 2e-7, probability - 1e-7).astype(np.float32)
+    assert beyond.min() < 0 < 1 < beyond.max()
+    tree, again = trace(Volume(np.clip(beyond, 0, 1))), trace(Volume(beyond))
+    assert np.array_equal(again.points, tree.points)
+    assert again.confidence.max() <= 1
+
+
 @pytest.mark.parametrize("factor", [10, 1000, 1 / 3, 7.3])
 def test_the_unit_of_the_spacing_changes_no_path(factor):
     spacing_um = np.array((1.0, 0.33, 0.33))

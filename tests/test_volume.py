@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import tifffile
+import torch
 
 from vit3d.formats import lazy_voxels
 from vit3d.formats import tiff as tiff_module
@@ -59,6 +60,12 @@ def test_a_spacing_that_is_not_three_positive_numbers_is_refused(spacing, tmp_pa
         read_volume(path, spacing_um=spacing)
 
 
+def test_a_tensor_is_taken_as_the_array_it_is():
+    volume = Volume(torch.from_numpy(noise()))
+    assert isinstance(volume.voxels, np.ndarray)
+    assert (volume.voxels == noise()).all()
+
+
 @pytest.mark.parametrize("shape", [(4, 4), (2, 3, 4, 5), (0, 4, 4)])
 def test_voxels_that_are_no_stack_are_refused(shape):
     with pytest.raises(ValueError, match="must be a stack"):
@@ -88,6 +95,24 @@ def test_a_volume_too_large_for_imagej_is_written_as_bigtiff(tmp_path, monkeypat
     read = read_volume(tmp_path / "a.tif")
     assert (read.voxels == noise()).all()
     assert read.spacing_um == SPACING
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint64"])
+def test_64_bit_whole_numbers_are_written_as_32_bit_ones_where_they_fit(tmp_path, dtype):
+    ids = noise(dtype=dtype) * 1000
+    write_volume(Volume(ids), tmp_path / "a.tif")
+    assert (read_volume(tmp_path / "a.tif").voxels == ids).all()
+    with pytest.raises(ValueError, match="beyond 32 bits"):
+        write_volume(Volume(ids + 2**33), tmp_path / "b.tif")
+    assert not (tmp_path / "b.tif").exists()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "float64"])
+@pytest.mark.parametrize("width", [3, 4])
+def test_a_narrow_stack_is_not_written_as_colours(tmp_path, dtype, width):
+    voxels = noise(dtype=dtype)[:, :, :width]
+    write_volume(Volume(voxels), tmp_path / "a.tif")
+    assert (read_volume(tmp_path / "a.tif").voxels == voxels).all()
 
 
 def test_a_mask_is_written_as_0_and_255(tmp_path):

@@ -67,7 +67,10 @@ def _in_voxels(predicted: NeuronTree, gold: NeuronTree) -> tuple[NeuronTree, Neu
         raise ValueError(f"only one tree has a unit; state the {silent} one's: --{silent}-unit um or voxel.")
     spacings = [tree.spacing_um for tree in (gold, predicted) if tree.spacing_um is not None]
     if len(spacings) == 2 and not np.allclose(*spacings, rtol=1e-3):
-        raise ValueError(f"the gold's spacing {spacings[0]} (z, y, x) um is not the prediction's, {spacings[1]}.")
+        raise ValueError(
+            f"the gold's spacing {spacings[0]} (z, y, x) um is not the prediction's, {spacings[1]}; "
+            "state the one to score in (--spacing Z,Y,X)."
+        )
     spacing = spacings[0] if spacings else None
     if predicted.unit is None:
         warnings.warn("neither tree states its unit; both are taken as voxels.", stacklevel=3)

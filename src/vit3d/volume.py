@@ -34,7 +34,7 @@ class Volume:
     spacing_um: SpacingUm | None = None
 
     def __post_init__(self) -> None:
-        if not hasattr(self.voxels, "shape"):
+        if not isinstance(getattr(self.voxels, "dtype", None), np.dtype):  # a list, or a tensor of torch's
             object.__setattr__(self, "voxels", np.asarray(self.voxels))
         if len(self.shape) != 3 or 0 in self.shape:
             raise ValueError(f"`voxels` must be a stack (Z, Y, X) that is not empty, got shape {self.shape}.")
@@ -156,7 +156,8 @@ def write_volume(volume: Volume, path: str | Path) -> None:
 
     It appears under its name only when whole. A store is written box by box, so its volume may be larger than memory.
     uint8, uint16 and float32 up to 4 GB become ImageJ TIFF, which Fiji opens with its spacing; other depths
-    and sizes become OME-TIFF (BigTIFF). A mask (bool) is written as uint8 0 and 255, float16 as float32.
+    and sizes become OME-TIFF (BigTIFF). In TIFF a mask (bool) is written as uint8 0 and 255, float16 as float32, and
+    64-bit whole numbers as 32-bit ones; ValueError where they do not fit.
     """
     path = Path(path)
     if path.suffix.lower() == ".zarr":
@@ -165,12 +166,7 @@ def write_volume(volume: Volume, path: str | Path) -> None:
         return write_store(volume.voxels, path, volume.spacing_um)
     if path.suffix.lower() not in (".tif", ".tiff"):
         raise ValueError(f"Volumes are written as TIFF or Zarr: the name must end in .tif, .tiff or .zarr, got {path}.")
-    voxels = np.asarray(volume.voxels)
-    if voxels.dtype == bool:
-        voxels = voxels.astype(np.uint8) * 255
-    elif voxels.dtype == np.float16:
-        voxels = voxels.astype(np.float32)
-    write_tiff(voxels, path, volume.spacing_um)
+    write_tiff(np.asarray(volume.voxels), path, volume.spacing_um)
 
 
 def stack_name(path: str | Path) -> str:

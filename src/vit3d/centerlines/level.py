@@ -17,6 +17,7 @@ _SLAB_VOXELS = 1 << 18
 _PIECE = (64, 256, 256)  # read at once from disk; reading and blurring repeat work at the edges of pieces
 _SAMPLE_VOXELS = 1 << 22
 _PLANES, _ALIKE = 16, 0.96  # looked at for ids, and share of neighbours that are then the same
+_ROUNDING = 1e-4  # by so much may a probability that was resampled leave its range
 _SEEN, _SURE = 0.1, 0.25  # of the voxels of a probability above the first, at least this share is above `LIKELY`
 _BLUR_VOXELS = 0.7  # along the finest axis: removes shot noise, leaves neurites of a voxel's width
 _TRUNCATE = 3.0
@@ -42,7 +43,7 @@ class Level:
         """float32 in [0, 1]: the value itself, or i / (i + threshold) of an intensity i."""
         values = np.asarray(values, np.float32)
         if self.is_probability:
-            return values
+            return np.clip(values, 0, 1)
         if self.is_mask:
             return (values > self.threshold).astype(np.float32)
         values = np.maximum(values - np.float32(self.dark), 0)
@@ -53,13 +54,13 @@ class Level:
 def find_level(volume: Volume, threshold: float | str | Level = "auto") -> tuple[Volume, Level]:
     """What counts as foreground for a `threshold`, and the volume, smoothed where the level is found in grey levels.
 
-    "auto": 0.5 of a probability (all in [0, 1]), halfway in a mask, else found; "intensity": found; a level stays.
-    Whoever blanks part of a volume finds the level before. ValueError: as `check_finite`.
+    "auto": 0.5 of a probability (all in [0, 1], up to rounding), halfway in a mask, else found; "intensity": found; a
+    level stays. Whoever blanks part of a volume finds the level before. ValueError: as `check_finite`.
     """
     if isinstance(threshold, Level):
         return volume, threshold
     low, high, seems_intensity = _survey(volume.voxels)
-    is_probability = low >= 0 and high <= 1 and threshold != "intensity"
+    is_probability = low >= -_ROUNDING and high <= 1 + _ROUNDING and threshold != "intensity"
     if threshold not in ("auto", "intensity"):
         return volume, Level(float(threshold), is_probability, min(low, 0.0))
     if is_probability:
@@ -165,5 +166,5 @@ def _survey(voxels) -> tuple[float, float, bool]:
         if high > _SEEN and voxels.dtype.kind == "f":
             seen += np.count_nonzero(part > _SEEN)
             sure += np.count_nonzero(part > LIKELY)
-    scaled = voxels.dtype.kind == "f" and 0 <= low < high <= 1
+    scaled = voxels.dtype.kind == "f" and -_ROUNDING <= low < high <= 1 + _ROUNDING
     return low, high, scaled and (sure < _SURE * seen or high <= LIKELY)

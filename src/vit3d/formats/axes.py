@@ -48,7 +48,7 @@ def stack_index(axes: str, shape: tuple[int, ...], where, channel: int | None = 
             "or name the axis Z if these are slices."
         )
     if re.sub("[CST]", "", letters) == "YX":
-        hint = "a stack is needed, its slices on an axis named Z"
+        hint = "a stack is needed, " + ("of more than one slice" if "Z" in axes else "its slices on an axis named Z")
         if "C" in letters:  # what ImageJ, and tifffile without `axes`, make of slices that nobody named
             hint += "; if the channels are slices: in ImageJ Image > Properties, in tifffile metadata={'axes': 'ZYX'}"
         raise ValueError(f"{where} is a 2D image ({said}); {hint}.")

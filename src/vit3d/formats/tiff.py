@@ -111,8 +111,24 @@ def _refuse_several(path: Path, tiff: tifffile.TiffFile) -> None:
 
 def write_tiff(voxels: np.ndarray, path: Path, spacing_um: SpacingUm | None) -> None:
     """A zlib-compressed TIFF, ImageJ's where its depth and size allow, else OME's; there only when whole."""
+    voxels = _storable(voxels, path)
+    options = {"compression": "zlib", "photometric": "minisblack", "software": SOFTWARE}
     with appearing(path) as hidden:
-        tifffile.imwrite(hidden, voxels, compression="zlib", software=SOFTWARE, **_tiff_header(voxels, spacing_um))
+        tifffile.imwrite(hidden, voxels, **options, **_tiff_header(voxels, spacing_um))
+
+
+def _storable(voxels: np.ndarray, path: Path) -> np.ndarray:
+    """The same voxels in a type that OME knows."""
+    if voxels.dtype.kind == "b":
+        return voxels.astype(np.uint8) * np.uint8(255)
+    if voxels.dtype == np.float16:
+        return voxels.astype(np.float32)
+    if voxels.dtype.kind not in "iu" or voxels.dtype.itemsize <= 4:
+        return voxels
+    narrow = np.dtype(f"{voxels.dtype.kind}4")
+    if voxels.min() < np.iinfo(narrow).min or voxels.max() > np.iinfo(narrow).max:
+        raise ValueError(f"{path} cannot hold whole numbers beyond 32 bits; a .zarr can.")
+    return voxels.astype(narrow)
 
 
 def _cut_short(path: Path, what: str, end: int) -> ValueError:
