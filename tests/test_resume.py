@@ -210,6 +210,16 @@ def test_other_neurons_and_another_number_of_processes_are_refused(config, pair,
         train(config, resume=True)
 
 
+@pytest.mark.parametrize("suffix", [".swc", ".tif"])
+def test_another_file_of_the_same_size_is_refused(config, pair, tmp_path, suffix):
+    changed = shutil.copytree(pair, tmp_path / "changed") / f"one{suffix}"
+    content = bytearray(changed.read_bytes())
+    content[len(content) // 2] ^= 1
+    changed.write_bytes(content)
+    with pytest.raises(ValueError, match="`neurons` was"):
+        train(replace(config, data=str(changed.parent)), resume=True)
+
+
 def test_the_command_resumes(config, capsys):
     flags = "--simulated 0 --max-steps 8 --batch-size 2 --warmup-steps 2 --validate-every 100 --log-every 1"
     words = ["train", "--data", config.data, "--init", config.init, "--out", config.out, *flags.split()]

@@ -2,7 +2,10 @@
 
 import hashlib
 import os
+import zlib
 from pathlib import Path
+
+_PLACES, _PLACE_BYTES = 16, 1 << 16
 
 
 def digest(path: str | Path) -> str:
@@ -12,6 +15,22 @@ def digest(path: str | Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     sums = [(file.relative_to(path).as_posix(), digest(file)) for file in files_of(path)]
     return hashlib.sha256(repr(sums).encode()).hexdigest()
+
+
+def glance(path: str | Path) -> int:
+    """A sum over some places of a file, spread evenly, and over as many files of a folder: soon read, however large.
+
+    With `size` it tells files whose voxels or nodes differ throughout, wherever they lie.
+    """
+    files, total = files_of(path), 0
+    for file in files[:: max(1, len(files) // _PLACES)]:
+        if file.exists():
+            last = max(_stat(file).st_size - _PLACE_BYTES, 0)
+            with open(file, "rb") as opened:
+                for place in sorted({last * n // (_PLACES - 1) for n in range(_PLACES)}):
+                    opened.seek(place)
+                    total = zlib.crc32(opened.read(_PLACE_BYTES), total)
+    return total
 
 
 def size(path: str | Path) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..annotations import annotation
-from ..annotations.file_facts import size, stamp
+from ..annotations.file_facts import glance, size, stamp
 from ..annotations.gold import align_gold, check_place, untraced_structure
 from ..annotations.pairs import find_pairs, split_name, splits_of
 from ..model.configuration_vit3d import ViT3DConfig
@@ -68,11 +68,13 @@ def chosen_neurons(config: TrainingConfig) -> tuple[list[dict], TrainingConfig]:
 
 
 def neuron_facts(rows: list[dict]) -> dict[str, list[float]]:
-    """Name -> bytes of its files and its voxel size: what tells one data folder from another, wherever it lies."""
-    files = ("image", "swc", "label")
-    return {
-        row["name"]: [*(size(row[key]) for key in files if row.get(key)), *(row["spacing_um"] or ())] for row in rows
-    }
+    """Name -> sizes of its files, its voxel size, and a glance at the files: what tells one data folder from another,
+    wherever it lies."""
+    facts = {}
+    for row in rows:
+        files = [row[key] for key in ("image", "swc", "label") if row.get(key)]
+        facts[row["name"]] = [*map(size, files), *(row["spacing_um"] or ()), *map(glance, files)]
+    return facts
 
 
 def training_spacing(rows: list[dict], config: TrainingConfig) -> tuple[float, ...] | None:
