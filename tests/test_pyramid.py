@@ -111,6 +111,22 @@ def test_levels_halve_what_is_fine_until_all_is_small(tmp_path):
     assert [open_volume(path, level=name).spacing_um for name in "012"] == [pytest.approx(step) for step in steps]
 
 
+def test_an_axis_of_twice_the_finest_step_waits_for_the_others(tmp_path):
+    path = written(tmp_path / "a.zarr", noise(), (2, 1, 1))
+    assert build_pyramid(path) == [(2, 1, 1), (2, 2, 2), (4, 4, 4)]
+
+
+def test_how_thick_a_single_slice_is_does_not_matter(tmp_path):
+    path = written(tmp_path / "a.zarr", noise((1, 20, 300)), (0.1, 0.33, 0.33))
+    assert build_pyramid(path) == [(0.1, 0.33, 0.33), (0.1, 0.66, 0.66), (0.1, 1.32, 1.32)]
+
+
+def test_what_is_small_already_gets_no_coarser_level(tmp_path):
+    path = written(tmp_path / "a.zarr", noise((5, 20, 128)))
+    assert build_pyramid(path) == [SPACING]
+    assert has_pyramid(path)
+
+
 def test_a_voxel_is_the_largest_of_those_it_covers_at_every_level(tmp_path):
     path = written(tmp_path / "a.zarr")
     build_pyramid(path)
@@ -181,7 +197,10 @@ def test_a_pyramid_that_breaks_off_leaves_a_store_that_opens(tmp_path, monkeypat
 
 def test_what_has_no_image_gets_no_pyramid(tmp_path):
     zarr.create_array(tmp_path / "a.zarr", data=noise())
-    for path in (tmp_path / "a.zarr", tmp_path / "none.zarr"):
+    image = {"axes": [{"name": name} for name in "zyx"], "datasets": [{"path": "full"}]}
+    group = zarr.create_group(tmp_path / "c.zarr", attributes={"ome": {"version": "0.5", "multiscales": [image]}})
+    group.create_array("full", data=noise())
+    for path in (tmp_path / "a.zarr", tmp_path / "none.zarr", tmp_path / "c.zarr"):
         with pytest.raises(ValueError, match=r"no OME-Zarr 0\.5"):
             build_pyramid(path)
     with pytest.raises(ValueError, match="max, mean"):

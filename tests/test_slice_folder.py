@@ -52,6 +52,13 @@ def test_a_box_reads_its_slices_alone(tmp_path, compression):
         volume.voxels[9]
 
 
+def test_slices_of_one_bit_are_a_mask(tmp_path):
+    mask = noise() > 100
+    read = read_volume(slices(tmp_path / "a", mask, "s{}.png")).voxels
+    assert read.dtype == bool
+    assert (read == mask).all()
+
+
 def test_a_channel_of_colour_slices_is_chosen(tmp_path):
     voxels = noise((12, 20, 30, 3), np.uint8)
     for name in ("s{}.tif", "s{}.png"):
@@ -72,6 +79,14 @@ def test_slices_that_are_not_equal_are_named(tmp_path):
     tifffile.imwrite(folder / "s5.tif", noise((2, 20, 30)))
     with pytest.raises(ValueError, match=r"s5\.tif"):
         open_volume(folder)
+
+
+def test_a_slice_that_has_grown_since_it_was_opened_is_named(tmp_path):
+    folder = slices(tmp_path / "a", noise())
+    opened = open_volume(folder)
+    tifffile.imwrite(folder / "s5.tif", noise((21, 31)))
+    with pytest.raises(ValueError, match=r"s5\.tif has changed"):
+        opened.voxels[4:6]
 
 
 def test_a_slice_that_is_cut_short_is_named(tmp_path):
@@ -117,6 +132,7 @@ ORDINARY = {
     "letters": lambda z: f"slice{'abcdefghijkl'[z]}.tif",
     "a hash": lambda z: f"z{z:03d}_{HASHES[z]}.tif",
     "one redone twice": lambda z: f"z{z:02d}{'_redo2' if z == 2 else ''}.tif",
+    "all are projections": lambda z: f"MAX_t{z}.tif",
     "one redone": lambda z: f"z{z:02d}{'_redo' if z == 2 else ''}.tif",
 }
 
@@ -149,10 +165,14 @@ def test_a_folder_of_stacks_or_of_pictures_beside_trees_is_no_stack(tmp_path):
     stacks.mkdir()
     for name in ("a.tif", "b.tif"):
         tifffile.imwrite(stacks / name, noise(), metadata={"axes": "ZYX"})
-    results = slices(tmp_path / "results", noise((2, 20, 30), np.uint8), "s{}.png")
-    (results / "s0.swc").touch()
+    results = [slices(tmp_path / f"results {n}", noise((2, 20, 30), np.uint8), "s{}.png") for n in range(4)]
+    for folder, company in zip(results, ("s0.swc", "s.v3dpbd", "s.lsm", "s.zarr"), strict=True):
+        (folder / company).touch()
+    one = slices(tmp_path / "one", noise((1, 20, 30)))
+    mixed = slices(tmp_path / "mixed", noise((2, 20, 30)))
+    tifffile.imwrite(mixed / "stack.tif", noise(), metadata={"axes": "ZYX"})
     (tmp_path / "empty").mkdir()
-    for folder in (stacks, results, tmp_path / "empty"):
+    for folder in (stacks, *results, one, mixed, tmp_path / "empty"):
         assert not is_stack(folder)
         with pytest.raises(ValueError, match="folder without z-slices"):
             open_volume(folder)

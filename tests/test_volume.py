@@ -14,6 +14,7 @@ import torch
 
 from vit3d.formats import lazy_voxels
 from vit3d.formats import tiff as tiff_module
+from vit3d.formats.axes import spacing_of, stack_index
 from vit3d.volume import Volume, open_volume, read_volume, write_volume
 
 SPACING = (1.5, 0.33, 0.21)
@@ -271,6 +272,10 @@ def test_a_decimal_comma_is_a_point_and_what_is_no_number_no_spacing(tmp_path):
     assert read_volume(imagej(tmp_path / "a.tif", noise(), spacing="thin")).spacing_um is None
 
 
+def test_a_spacing_gets_no_digits_from_its_unit():
+    assert spacing_of((345, 1000, 330), ("nm", "nm", "nm")) == (0.345, 1.0, 0.33)  # 345 * 1e-3 is 0.34500000000000003
+
+
 def test_imagej_writes_micro_as_one_latin_byte_too(tmp_path):
     path = imagej(tmp_path / "a.tif", noise(), "Xm")
     path.write_bytes(path.read_bytes().replace(b"unit=Xm", b"unit=\xb5m"))
@@ -280,6 +285,10 @@ def test_imagej_writes_micro_as_one_latin_byte_too(tmp_path):
 @pytest.mark.parametrize("unit", ["inch", "pixel", "Mm", "", None])
 def test_imagej_without_a_physical_unit_has_no_spacing(tmp_path, unit):
     assert read_volume(imagej(tmp_path / "a.tif", noise(), unit)).spacing_um is None
+
+
+def test_imagej_without_a_resolution_has_no_spacing(tmp_path):
+    assert read_volume(imagej(tmp_path / "a.tif", noise(), pixels_per_unit=(0, 0))).spacing_um is None
 
 
 def test_a_resolution_in_dots_per_inch_is_no_spacing(tmp_path):
@@ -369,6 +378,10 @@ def test_slices_that_were_saved_as_channels_are_refused_with_the_way_out(tmp_pat
     tifffile.imwrite(tmp_path / "a.tif", noise((9, 8, 7), np.uint8), imagej=True)
     with pytest.raises(ValueError, match=r"2D image \(axes CYX.*metadata=\{'axes': 'ZYX'\}"):
         read_volume(tmp_path / "a.tif")
+
+
+def test_a_colour_is_chosen_beside_a_single_channel():
+    assert stack_index("CZYXS", (1, 5, 6, 7, 3), "a.tif", channel=2) == (0, *[slice(None)] * 3, 2)
 
 
 def test_axes_that_mean_nothing_here_are_refused(tmp_path):
@@ -464,6 +477,19 @@ def test_one_page_header_for_more_slices_than_the_file_holds_is_refused(tmp_path
         read_volume(path)
 
 
+@pytest.mark.timeout(60)
+def test_a_list_of_pages_that_runs_in_a_circle_ends(tmp_path):
+    path, voxels = tmp_path / "a.tif", np.arange(5 * 16 * 16, dtype=np.uint8).reshape(5, 16, 16)
+    tifffile.imwrite(path, voxels, compression="zlib", metadata=None, photometric="minisblack")
+    with tifffile.TiffFile(path) as tiff:
+        first, *_, last = (page.offset for page in tiff.pages)
+    data = bytearray(path.read_bytes())
+    (num_tags,) = struct.unpack_from("<H", data, last)
+    struct.pack_into("<I", data, last + 2 + 12 * num_tags, first)
+    path.write_bytes(data)
+    assert (read_volume(path).voxels == voxels).all()
+
+
 def test_a_bigtiff_whose_first_page_lies_beyond_every_file_is_refused(tmp_path):
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, noise(), bigtiff=True)
@@ -498,6 +524,11 @@ def test_a_header_that_declares_more_than_memory_is_refused_before_allocating(tm
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"1048576 x 1048576 voxels.*GiB of memory are free"):
         read_volume(path)
+
+
+def test_a_file_for_which_there_is_no_memory_is_not_said_to_be_damaged():
+    with pytest.raises(MemoryError), lazy_voxels.damage_reported("a.tif"):
+        raise MemoryError
 
 
 def test_the_memory_limit_is_the_memory_that_is_free(tmp_path, monkeypatch):

@@ -124,6 +124,11 @@ def test_what_cannot_be_read_from_disk_is_no_index(tmp_path, index):
         voxels[index]
 
 
+def test_voxels_on_disk_are_no_array_without_being_read(tmp_path):
+    with pytest.raises(ValueError, match="without being read"):
+        np.asarray(open_volume(plain(tmp_path / "a.zarr", noise())).voxels, copy=False)
+
+
 def test_a_thinned_read_holds_one_piece_at_a_time_and_gives_the_same(tmp_path, monkeypatch):
     written = noise((24, 30, 40))
     voxels = open_volume(plain(tmp_path / "a.zarr", written)).voxels
@@ -159,8 +164,9 @@ def test_an_array_says_its_axes_by_dimension_names_or_by_their_number(tmp_path):
     voxels = noise((2, *SHAPE))
     plain(tmp_path / "named.zarr", voxels, dimension_names=["c", "z", "y", "x"])
     plain(tmp_path / "unnamed.zarr", voxels)
+    plain(tmp_path / "half named.zarr", voxels, dimension_names=[None, "z", "y", "x"])
     plain(tmp_path / "xarray.zarr", voxels, version=2, attributes={"_ARRAY_DIMENSIONS": ["c", "z", "y", "x"]})
-    for name in ("named", "unnamed", "xarray"):
+    for name in ("named", "unnamed", "half named", "xarray"):
         with pytest.raises(ValueError, match=r"2 channels.*--channel"):
             open_volume(tmp_path / f"{name}.zarr")
         assert np.array_equal(open_volume(tmp_path / f"{name}.zarr", channel=1).voxels[3:5], voxels[1, 3:5])
@@ -208,6 +214,7 @@ def test_a_level_is_chosen_by_name_or_by_spacing(tmp_path):
     path = ome(tmp_path / "a.zarr", levels, scales=scales)
     chosen = {None: "full", "half": "half", "quarter": "quarter", 2.0: "half", (2, 1, 1): "half"}
     chosen |= {(1.9, 1, 1): "full", "4um": "quarter", "4,2,2um": "quarter", "4,1,4um": "half", 0.1: "full"}
+    chosen |= {(1.95, 1, 1): "half"}  # hardly coarser
     for level, name in chosen.items():
         assert np.array_equal(open_volume(path, level=level).voxels[3], levels[name][3]), level
     with pytest.raises(ValueError, match="levels full, half, quarter, and no level '7'"):
@@ -246,6 +253,9 @@ def test_axes_in_another_order_are_refused(tmp_path, names):
         open_volume(ome(tmp_path / "a.zarr", {"0": noise()}, names))
     with pytest.raises(ValueError, match="not one 3D stack"):
         open_volume(plain(tmp_path / "b.zarr", noise(), dimension_names=list(names)))
+    as_xarray = {"_ARRAY_DIMENSIONS": list(names)}
+    with pytest.raises(ValueError, match="not one 3D stack"):
+        open_volume(plain(tmp_path / "c.zarr", noise(), version=2, attributes=as_xarray))
 
 
 def _edited(path, change):
@@ -262,6 +272,10 @@ BROKEN = {
     "no level": (lambda image: image.update(datasets=[]), "."),
     "a path out of the store": (lambda image: image["datasets"][0].update(path="../b.zarr"), "."),
     "axes that do not fit": (lambda image: image["axes"].insert(0, {"name": "c", "type": "channel"}), "axes"),
+    "axes that do not fit, without a scale": (
+        lambda image: image.update(axes=axes_of("czyx"), datasets=[{"path": "0"}]),
+        "has 3 axes, but its metadata name 4",
+    ),
     "a scale that does not fit": (
         lambda image: image["datasets"][0]["coordinateTransformations"][0].update(scale=[1, 2]),
         "broken OME-Zarr metadata",
@@ -282,11 +296,19 @@ def test_broken_metadata_are_refused_in_a_sentence(tmp_path, what):
     assert "a.zarr" in str(refused.value)
 
 
+def test_a_level_that_is_a_group_is_refused(tmp_path):
+    path = ome(tmp_path / "a.zarr", {"0/0": noise()})
+    _edited(path, lambda metadata: metadata["attributes"]["ome"]["multiscales"][0]["datasets"][0].update(path="0"))
+    with pytest.raises(ValueError, match=r"a\.zarr names a level 0, but that is no array"):
+        open_volume(path)
+
+
 def test_a_later_version_is_refused(tmp_path):
     path = ome(tmp_path / "a.zarr", {"0": noise()})
     _edited(path, lambda metadata: metadata["attributes"]["ome"].update(version="0.9"))
-    with pytest.raises(ValueError, match=r"version 0\.9; 0\.1 to 0\.5 are read"):
-        open_volume(path)
+    for each in (path, ome(tmp_path / "b.zarr", {"0": noise()}, version="0.9")):  # said of the group, or of the image
+        with pytest.raises(ValueError, match=r"version 0\.9; 0\.1 to 0\.5 are read"):
+            open_volume(each)
 
 
 # ------------------------------------------------------------ bad stores
@@ -370,6 +392,13 @@ def test_a_lost_chunk_of_a_chosen_channel_is_named_too(tmp_path):
     assert np.array_equal(read_volume(path, channel=0).voxels, noise((2, *SHAPE))[0])
     with pytest.raises(ValueError, match="lost the chunk c/1/0/0/0"):
         read_volume(path, channel=1)
+
+
+def test_a_dark_chunk_of_a_shard_is_not_lost(tmp_path):
+    voxels = noise()
+    voxels[:, 16:] = 0
+    path = plain(tmp_path / "a.zarr", voxels, chunks=(4, 16, 8), shards=(12, 32, 24))
+    assert np.array_equal(read_volume(path).voxels, voxels)
 
 
 def test_a_flipped_bit_under_a_checksum_is_refused(tmp_path):
