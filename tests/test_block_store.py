@@ -14,7 +14,7 @@ import pytest
 import zarr
 from numpy.testing import assert_array_equal
 
-from vit3d.blockwise.block_store import BlockStore, Layout, create, differences, partial_path
+from vit3d.blockwise.block_store import LEVELS, BlockStore, Layout, create, differences, partial_path
 from vit3d.blockwise.leases import Leases
 
 LAYOUT = Layout((100, 110, 90), (64, 64, 64), (1.0, 0.3, 0.3))
@@ -71,6 +71,8 @@ def test_writing_again_and_writing_zeros_or_nothing_changes_no_byte(store):
         store.write(index, noise()[LAYOUT.box_of(index)])
     store.write((0, 0, 0), None)
     assert before == {index: data(index) for index in LAYOUT.indices()}
+    store.write((0, 0, 0), np.full((64, 64, 64), 0.4 / LEVELS, np.float32))
+    assert before == {index: data(index) for index in LAYOUT.indices()}
 
 
 def test_every_chunk_carries_a_checksum(store):
@@ -98,9 +100,20 @@ def lengthen(path: Path) -> None:
         file.write(b"\0")
 
 
+def link_to_itself(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
 @pytest.mark.parametrize(
     "harm, said",
-    [(flip, "other bytes"), (truncate, "bytes instead of"), (lengthen, "bytes instead of"), (Path.unlink, "missing")],
+    [
+        (flip, "other bytes"),
+        (truncate, "bytes instead of"),
+        (lengthen, "bytes instead of"),
+        (Path.unlink, "missing"),
+        (link_to_itself, "cannot be read"),
+    ],
 )
 @pytest.mark.parametrize("harmed", [(0, 0, 0), (1, 0, 1)])
 def test_every_damage_is_named_and_nothing_else(store, harm, said, harmed):
@@ -119,6 +132,13 @@ def test_a_damaged_record_is_no_record(store, harm):
     record = store.folder / "0/.vit3d/done/1.1.0.json"
     harm(record)
     assert [index for index, what in store.verify() if what] == [(1, 1, 0)]
+
+
+def test_a_half_written_record_is_not_counted(store):
+    store.forget((1, 1, 0))
+    (store.folder / "0/.vit3d/done/.1.1.0.json.left-by-the-dead").write_text('{"bytes": 1')
+    assert store.num_done() == 7
+    assert not store.is_done((1, 1, 0))
 
 
 def test_damaged_metadata_are_put_right(store):
@@ -145,12 +165,15 @@ def test_the_second_to_create_gets_the_firsts_store(tmp_path):
 
 def test_a_store_that_has_its_name_is_not_begun_again_by_a_late_writer(store, tmp_path):
     late = BlockStore(store.folder)
-    (store.folder / "0/c/0/0/.5.left-by-the-dead").write_text("half a shard")
+    for place in ("c/0/0/.5", ".vit3d/done/.0.0.1.json"):
+        (store.folder / f"0/{place}.left-by-the-dead").write_text("half of it")
+    (store.lease_folder / "0.0.1").write_text("of the dead")
     store.finish(tmp_path / "out.zarr")
     with pytest.raises(FileNotFoundError):
         late.write((0, 0, 1), noise()[LAYOUT.box_of((0, 0, 1))])
     assert [path.name for path in tmp_path.iterdir()] == ["out.zarr"]
     assert not [path for path in (tmp_path / "out.zarr").rglob(".*") if path.name != ".vit3d"]
+    assert not list(BlockStore(tmp_path / "out.zarr").lease_folder.iterdir())
 
 
 def test_what_is_no_store_is_said_to_be_none(tmp_path):
@@ -159,9 +182,16 @@ def test_what_is_no_store_is_said_to_be_none(tmp_path):
         BlockStore(tmp_path / "other.zarr")
 
 
-def test_a_box_that_is_no_multiple_of_the_chunk_is_refused():
+@pytest.mark.parametrize("box", [(64, 100, 64), (64, 0, 64)])
+def test_a_box_that_is_no_multiple_of_the_chunk_is_refused(box):
     with pytest.raises(ValueError, match="multiple of the chunk"):
-        Layout((100, 100, 100), (64, 100, 64))
+        Layout((100, 100, 100), box)
+
+
+def test_a_box_ends_where_the_volume_does():
+    layout = Layout((100, 70, 64), (64, 64, 64))
+    assert layout.grid == (2, 2, 1)
+    assert layout.box_of((1, 1, 0)) == (slice(64, 100), slice(64, 70), slice(0, 64))
 
 
 def test_differences_name_both_values():
@@ -227,6 +257,15 @@ def test_the_lease_of_a_killed_process_is_free_at_once(tmp_path):
         assert leases.claim("box")
 
 
+def test_the_lease_of_a_dead_process_whose_number_another_one_has_is_free_too(tmp_path):
+    with Leases(tmp_path) as leases:
+        assert leases.claim("box")
+        owner = json.loads((tmp_path / "box").read_text())
+        leases.release("box")
+        (tmp_path / "box").write_text(json.dumps({**owner, "started": "1"}))
+        assert leases.claim("box")
+
+
 def test_the_lease_of_a_dead_process_that_nobody_waited_for_is_free_too(tmp_path):
     process = claim_in_a_process(tmp_path)
     process.kill()
@@ -251,12 +290,27 @@ def test_a_holder_that_wakes_up_while_its_lease_is_taken_over_keeps_it(tmp_path,
         assert [path.name for path in tmp_path.iterdir()] == ["box"]
 
 
+def test_a_holder_that_wakes_up_does_not_begin_again_what_it_is_doing(tmp_path):
+    with Leases(tmp_path, expiry_s=1000) as leases:
+        assert leases.claim("box")
+        os.utime(tmp_path / "box", (time.time() - 1001,) * 2)
+        assert not leases.claim("box")
+
+
 def test_the_process_of_another_machine_counts_as_dead_when_it_falls_silent(tmp_path):
     with Leases(tmp_path, expiry_s=1000) as leases:
         assert leases.claim("box")
         owner = json.loads((tmp_path / "box").read_text())
         leases.release("box")
         (tmp_path / "box").write_text(json.dumps({**owner, "machine": "elsewhere", "pid": 2**22 + 1}))
+        assert not leases.claim("box")
+        os.utime(tmp_path / "box", (time.time() - 1001,) * 2)
+        assert leases.claim("box")
+
+
+def test_a_lease_that_nobody_can_read_is_free_when_it_falls_silent(tmp_path):
+    with Leases(tmp_path, expiry_s=1000) as leases:
+        (tmp_path / "box").write_text("half a")
         assert not leases.claim("box")
         os.utime(tmp_path / "box", (time.time() - 1001,) * 2)
         assert leases.claim("box")

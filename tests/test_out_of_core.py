@@ -1,6 +1,7 @@
 """A volume on disk is segmented as it would be in memory, whoever computes what and however often they are killed."""
 
 import hashlib
+import math
 import multiprocessing
 import os
 import pty
@@ -122,6 +123,15 @@ def test_without_selection_too_and_every_voxel_of_every_window_counts(network, v
     assert_allclose(found, np.where(whole < FAINT, 0, whole), atol=2**-12 + 1e-5)
 
 
+def test_where_grey_levels_do_not_tell_neurites_everything_is_computed(network, tmp_path):
+    beside = ((0, 0), (0, 0), (0, 120))  # nothing at all, for more than a box
+    volume = store_stack(tmp_path / "in.zarr", np.pad(neuron((24, 40, 40)), beside, constant_values=20))
+    unsure = replace(measure(volume.voxels[...]), sure=False)
+    segment_store(network, volume, tmp_path / "out.zarr", statistics=unsure, options=SMALL)
+    whole = network.whole(volume.voxels[...])
+    assert_allclose(stored(tmp_path / "out.zarr"), np.where(whole < FAINT, 0, whole), atol=2**-12 + 1e-5)
+
+
 @pytest.mark.parametrize("polarity", ["bright", "dark"])
 def test_the_foreground_of_a_box_is_that_of_the_whole_volume(polarity):
     voxels = neuron(polarity=polarity)
@@ -180,6 +190,11 @@ def test_a_tile_that_no_voxel_leaves_by_more_than_rounding_is_scanned():
     assert selection._is_plain(voxels, statistics)
     voxels[5] = 7 + statistics.threshold
     assert not selection._is_plain(voxels, statistics)
+    voxels[:] = 0  # a darker ground than the ceiling
+    voxels[5] = statistics.threshold
+    assert not selection._is_plain(voxels, statistics)
+    dark = replace(statistics, background=248.0, bright=155.0, polarity="dark", ceiling=248.0)
+    assert not selection._is_plain(255 - voxels, dark)
 
 
 def test_measuring_a_whole_volume_finds_the_ceiling_that_it_would_take_from_the_voxels():
@@ -267,6 +282,17 @@ def with_one_other(voxels: np.ndarray) -> np.ndarray:
     voxels = voxels.copy()
     voxels[17, 101, 77] ^= 1
     return voxels
+
+
+def test_what_a_network_gives_that_is_no_number_is_not_stored(tmp_path):
+    class Broken(OneVoxelNetwork):
+        def paint(self, *args) -> torch.Tensor:
+            return super().paint(*args) * math.nan
+
+    volume = store_stack(tmp_path / "in.zarr", neuron((24, 40, 40)))
+    with pytest.raises(ValueError, match="gave NaN or infinite probabilities in z 0:24, y 0:40, x 0:40"):
+        segment_store(Broken(), volume, tmp_path / "out.zarr", options=SMALL)
+    assert BlockStore(tmp_path / "out.zarr.partial").num_done() == 0
 
 
 def test_a_volume_that_holds_nan_leaves_nothing_that_its_mended_copy_would_go_on_with(network, tmp_path):
@@ -371,6 +397,14 @@ def test_a_run_on_a_damaged_store_repairs_the_damage_and_touches_nothing_else(ne
     assert not damage_report(copy)
 
 
+def test_damaged_metadata_of_a_whole_store_are_named_and_put_right(network, volume, finished, copy):
+    metadata = copy / "0/zarr.json"
+    metadata.write_text("{")
+    assert damage_report(copy) == [f"{metadata} holds other bytes than were written"]
+    assert segment_store(network, volume, copy).boxes == 0
+    assert metadata.read_bytes() == (finished / "0/zarr.json").read_bytes()
+
+
 # ---------------------------------------------------------------- bad input
 
 
@@ -455,6 +489,8 @@ def test_the_same_model_has_the_same_digest_in_every_precision_and_another_one_a
     model = tiny_model("volume")
     digest = model_digest(model)
     assert model_digest(tiny_model("volume").to(torch.bfloat16)) == digest
+    model.config.training_spacing_um = (1.0, 0.33, 0.33)  # decides what it is shown, and no probability of that
+    assert model_digest(model) == digest
     with torch.no_grad():
         next(model.parameters()).flatten()[0] += 1
     assert model_digest(model) != digest
@@ -484,6 +520,10 @@ def test_what_does_not_fit_into_memory_is_refused_before_the_first_box(network, 
     with pytest.raises(ValueError, match="more than the memory budget"):
         segment_store(network, volume, tmp_path / "out.zarr", options=RunOptions(memory_bytes=2**30 // 10))
     assert not list(tmp_path.iterdir())
+    layout = Layout(volume.shape, (64, 64, 64))
+    for_boxes = working_bytes(layout, network.config, volume)
+    with pytest.raises(ValueError, match="GiB for the network"):
+        check_memory(layout, network, volume, measure(volume.voxels), for_boxes + 2**20)
 
 
 def test_a_larger_budget_gives_a_larger_box_and_a_larger_volume_does_not(network):
@@ -496,6 +536,12 @@ def test_a_larger_budget_gives_a_larger_box_and_a_larger_volume_does_not(network
     def box(gib, *shape):
         return choose_layout(network, Volume(Described(*shape)), int(gib * 2**30)).box
 
+    def working(chunks):
+        stack = Described(1024, 2048, 2048)
+        stack.chunks = chunks
+        return working_bytes(Layout(stack.shape, BOXES[0]), network.config, Volume(stack))
+
+    assert working((256, 512, 512)) > working((64, 128, 128)) + 2 * 256 * 512 * 512  # they are decoded as a whole
     assert box(1.5, 1024, 2048, 2048) == box(1.5, 14000, 20000, 10000)
     sizes = [np.prod(box(gib, 14000, 20000, 10000)) for gib in (1, 1.5, 4, 16)]
     assert sizes == sorted(sizes)
@@ -513,11 +559,19 @@ def test_a_folder_that_is_another_store_is_left_alone(network, volume, tmp_path)
     assert (tmp_path / "out.zarr/c/0/0/0").exists()
 
 
-@pytest.mark.parametrize("out", ["in.zarr", "in.zarr/out.zarr", "../{here}/in.zarr"])
-def test_input_and_output_in_one_place_are_refused(tmp_path, out):
-    store_stack(tmp_path / "in.zarr", neuron((40, 40, 40)))
+@pytest.mark.parametrize(
+    "source, out",
+    [
+        ("in.zarr", "in.zarr"),
+        ("in.zarr", "in.zarr/out.zarr"),
+        ("in.zarr", "../{here}/in.zarr"),
+        ("out.zarr/in.zarr", "out.zarr"),
+    ],
+)
+def test_input_and_output_in_one_place_are_refused(tmp_path, source, out):
+    store_stack(tmp_path / source, neuron((40, 40, 40)))
     with pytest.raises(ValueError, match="same store"):
-        segment_path(str(tmp_path / "in.zarr"), tmp_path / out.format(here=tmp_path.name))
+        segment_path(str(tmp_path / source), tmp_path / out.format(here=tmp_path.name))
 
 
 def test_bad_places_are_refused(tmp_path):
