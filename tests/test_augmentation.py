@@ -116,7 +116,8 @@ def test_another_exposure_keeps_dark_apart_from_bright():
 
 def test_without_variation_a_crop_is_the_stack_as_the_processor_shows_it():
     stack, processor = fibre(noise=3), ViT3DImageProcessor()
-    seen = processor.pixel_values(*varied(stack, NOTHING))
+    seen, statistics = processor.pixel_values(*varied(stack, NOTHING)), varied(stack, NOTHING)[1]
+    assert statistics.noise / statistics.contrast == pytest.approx(stack.statistics.noise / stack.statistics.contrast)
     assert_allclose(seen, processor.pixel_values(stack.voxels, stack.statistics), atol=1e-4)
 
 
@@ -185,6 +186,12 @@ def test_the_other_polarity_is_another_curve_through_the_same_ends(polarity):
     assert other[4] > 0.55 if polarity == "bright" else np.allclose(one, other, atol=1e-5)
 
 
+def test_far_below_the_ground_the_other_polarity_is_still_a_number():
+    stack = fibre()
+    hole = Stack(stack.voxels - 300.0 * stack.statistics.contrast, stack.neurite, stack.statistics)
+    assert np.isfinite(light_of(hole, Augmentation.none(polarity=1))).all()
+
+
 def test_exposure_moves_brightness_and_black_level():
     stack = fibre()
     lights = [light_of(stack, Augmentation.none(expose=1), seed) for seed in range(10)]
@@ -218,6 +225,7 @@ def test_stripes_run_along_one_axis_in_the_plane_and_slices_are_of_unlike_bright
         rows, columns = (np.median(light, axis).std(axis=-1).mean() for axis in (1, 2))
         ratios.append(rows / columns)
         slices.append(light[:, ground].mean(axis=1).std())
+        assert abs(np.median(light[far_from(stack.neurite)])) < 0.05
     assert np.mean([max(ratio, 1 / ratio) for ratio in ratios]) > 2
     assert max(slices) > 5 * light_of(stack, NOTHING)[:, ground].mean(axis=1).std()
 
@@ -243,9 +251,11 @@ def test_texture_is_noise_whose_neighbours_are_alike():
 def test_sharpening_leaves_a_halo_beside_the_neurite_and_nothing_far_away():
     stack = fibre()
     plain = light_of(stack, NOTHING)
+    even = Stack(np.full((6, 9, 9), stack.statistics.bright), stack.neurite, stack.statistics)
     beside = ndimage.binary_dilation(stack.neurite, iterations=2) & ~ndimage.binary_dilation(stack.neurite)
     for seed in range(5):
         light = light_of(stack, Augmentation.none(sharpen=1), seed)
+        assert_allclose(light_of(even, Augmentation.none(sharpen=1), seed), 1, atol=1e-5)
         assert light[beside].mean() < plain[beside].mean() - 0.05
         assert light[stack.neurite].mean() > plain[stack.neurite].mean()
         assert_allclose(light[far_from(stack.neurite)], plain[far_from(stack.neurite)], atol=0.1)

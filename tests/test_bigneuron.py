@@ -13,6 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from vit3d import BigNeuron, NeuronTree, Volume, load_bigneuron, read_swc, read_volume, write_swc, write_volume
 from vit3d.annotations.annotation import examine, read_gold, read_labels, read_stack
+from vit3d.annotations.file_facts import digest
 from vit3d.bigneuron import find_pairs, split_of
 from vit3d.targets import IGNORED, paint
 
@@ -251,6 +252,15 @@ def test_a_zarr_store_is_a_stack_too(load, tmp_path):
 
 
 # --- from a row to labels ---
+
+
+def test_a_store_whose_chunk_lies_elsewhere_is_another_one(tmp_path):
+    (tmp_path / "a.zarr/c/0").mkdir(parents=True)
+    (tmp_path / "a.zarr/c/1").mkdir()
+    (tmp_path / "a.zarr/c/0/0").write_bytes(b"voxels")
+    before = digest(tmp_path / "a.zarr")
+    (tmp_path / "a.zarr/c/0/0").rename(tmp_path / "a.zarr/c/1/0")
+    assert digest(tmp_path / "a.zarr") != before
 
 
 def test_a_gold_is_aligned_with_its_volume_where_its_row_was_not_examined(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vit3d.learning.cldice import soft_cldice_loss, soft_skeleton
+from vit3d.learning.cldice import ITERATIONS, soft_cldice_loss, soft_skeleton
 from vit3d.model.modeling_vit3d import segmentation_loss
 
 SHAPE = (1, 1, 12, 16, 40)
@@ -21,7 +21,7 @@ def logits_of(volume: torch.Tensor) -> torch.Tensor:
     return 40 * (volume - 0.5)
 
 
-@pytest.mark.parametrize("radius", [1, 2, 3])
+@pytest.mark.parametrize("radius", [1, 2, 3, ITERATIONS])
 def test_the_skeleton_of_a_bar_is_its_axis(radius):
     skeleton = soft_skeleton(bar(radius))[0, 0]
     axis = torch.zeros_like(skeleton)

@@ -37,6 +37,14 @@ def test_a_shifted_tree_is_found_again(neuron, moved_vox):
     assert_allclose(shift, -np.array(moved_vox), atol=0.25)
 
 
+def test_a_straight_trace_that_was_moved_off_its_neurite_is_found_again():
+    image = np.zeros((9, 40, 60), np.uint8)
+    image[4, 20, 5:55] = 200
+    trace = NeuronTree(np.array([[4.0, 17.0, 5.0], [4.0, 17.0, 54.0]]), np.ones(2), np.array([-1, 0]), unit="voxel")
+    assert_array_equal(estimate_shift(trace, Volume(image)), (0, 3, 0))
+    assert_array_equal(estimate_shift(trace.shifted((0, -1, 0)), Volume(image)), (0, 3, 0))  # at most
+
+
 def test_dark_neurites_and_trees_in_um_give_the_same_shift(neuron):
     volume, tree = neuron
     dark = Volume(255 - volume.voxels, volume.spacing_um)
@@ -102,6 +110,15 @@ def test_a_flip_is_seen_in_a_small_stack_full_of_neurites():
     assert "y is flipped (y -> 63 - y)" in likely_cause(tree.to("voxel").flipped(1, 63), volume)
 
 
+def test_a_trace_in_a_background_without_noise_is_not_taken_for_one_of_the_brightest():
+    """All voxels there are as bright as each other: that is the middle, not the top."""
+    image = np.zeros((9, 60, 60), np.uint8)
+    image[4, 10, 5:55] = 200
+    trace = NeuronTree(np.array([[4.0, 40.0, 5.0], [4.0, 40.0, 54.0]]), np.ones(2), np.array([-1, 0]), unit="voxel")
+    assert lies_on_image(trace.shifted((0, -30, 0)), Volume(image))
+    assert not lies_on_image(trace, Volume(image))
+
+
 def test_an_swc_outside_its_stack_is_named_with_its_farthest_node(neuron):
     _, tree = neuron
     check_bounds(tree, SHAPE, "cell")
@@ -111,6 +128,9 @@ def test_an_swc_outside_its_stack_is_named_with_its_farthest_node(neuron):
     sentence = (
         r"^cell: 2 of 2 SWC nodes lie outside the stack of 32 x 96 x 112 voxels \(z, y, x\), the farthest at x = 131\.0"
     )
+    above = NeuronTree([[0, 0, 0], [0, SHAPE[1] + 2.5, 0]], [1, 1], [-1, 0], unit="voxel")
+    with pytest.raises(ValueError, match=r"1 of 2 SWC nodes .* the farthest at y = 98\.5"):
+        check_bounds(above, SHAPE, "cell")
     for one in (beyond, beyond.to("um")):
         with pytest.raises(ValueError, match=sentence):
             check_bounds(one, SHAPE, "cell")

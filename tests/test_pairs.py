@@ -82,6 +82,12 @@ def test_asking_for_several_at_once_is_refused(gold166):
         find_pairs(gold166 / FLIES, gold="*[aA][pP][pP]2.swc")
 
 
+def test_what_is_asked_for_of_neuron_10_is_not_that_of_neuron_1(tmp_path):
+    touch(tmp_path, *(f"cell{n}{end}" for n in (1, 10) for end in (".tif", "_resampled.swc")))
+    rows = by_name(tmp_path, gold="*_resampled.swc")
+    assert [row["swc"] for row in rows.values()] == [str(tmp_path / f"cell{n}_resampled.swc") for n in (1, 10)]
+
+
 def test_of_two_with_the_latest_stamp_neither_is_taken_whatever_was_there_before(tmp_path):
     latest = (f"a.v3dpbd{what}_stamp_2015_07_01_10_00.swc" for what in ("", ".ano"))
     touch(tmp_path, "a.v3dpbd", "a.v3dpbd_stamp_2015_06_15_18_45.swc", *latest)
@@ -92,6 +98,17 @@ def test_of_two_with_the_latest_stamp_neither_is_taken_whatever_was_there_before
 def test_beside_the_golds_of_single_neurons_an_swc_of_the_whole_stack_is_none(tmp_path):
     touch(tmp_path, "a.v3dpbd", "a.swc", *(f"a.v3dpbd.neuron{n}.ano_stamp_2015_06_16_17_57.swc" for n in (1, 2)))
     assert set(by_name(tmp_path)) == {"a.neuron1", "a.neuron2"}
+
+
+def test_of_one_stamp_the_annotators_own_file_is_taken(tmp_path):
+    own = "b.v3dpbd.ano_stamp_2015_06_16_17_57.swc"
+    touch(tmp_path, "b.v3dpbd", own, f"00_sorted_{own}", f"{own}_sorted.swc")
+    assert by_name(tmp_path)["b"]["swc"] == str(tmp_path / own)
+
+
+def test_the_only_neuron_of_a_stack_is_called_as_the_stack(tmp_path):
+    touch(tmp_path, "a.v3dpbd", "a.v3dpbd.neuron1.ano_stamp_2015_06_16_17_57.swc")
+    assert list(by_name(tmp_path)) == ["a"]
 
 
 def test_two_neurons_of_one_stack_are_two_rows_in_one_split(tmp_path):
@@ -124,6 +141,15 @@ def test_neurons_of_one_name_keep_their_folders_apart(tmp_path):
     rows = by_name(tmp_path)
     assert set(rows) == {"set_a/Image5/Image5", "set_b/Image5/Image5"}
     assert {row["neuron"] for row in rows.values()} == {"Image5"}
+
+
+def test_pairs_are_found_down_to_the_neurons_of_the_sets_of_an_archive(tmp_path):
+    for folder in ("archive/set/neuron", "archive/set/neuron/too deep"):
+        touch(tmp_path, *(f"{folder}/{folder[-4:]}{end}" for end in (".tif", ".swc")))
+    assert list(by_name(tmp_path)) == ["uron"]
+    (tmp_path / "archive/set/neuron/uron.tif").unlink()
+    with pytest.raises(FileNotFoundError, match="holds no pair"):
+        find_pairs(tmp_path)
 
 
 def test_results_below_a_folder_of_pairs_are_not_taken(tmp_path):
@@ -174,6 +200,15 @@ def test_the_fingerprint_follows_every_file(gold166):
     prints.append(survey(gold166).fingerprint)
     assert len(set(prints)) == 4
     assert survey(gold166).fingerprint == prints[-1]
+
+
+def test_a_link_that_leads_nowhere_is_a_file_like_others(tmp_path):
+    touch(tmp_path, "a.tif", "a.swc")
+    before = survey(tmp_path).fingerprint
+    (tmp_path / "a.eswc").symlink_to("nowhere")
+    assert survey(tmp_path).fingerprint == before  # no file
+    (tmp_path / "b.tif").symlink_to("nowhere")
+    assert survey(tmp_path).fingerprint != before
 
 
 # --- tables ---

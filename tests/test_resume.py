@@ -18,7 +18,7 @@ import torch
 from runs import equal, launch, losses, make_checkpoint, make_pairs, metrics, weights
 from vit3d.checkpoint import load_checkpoint
 from vit3d.cli import main
-from vit3d.learning.run_folder import Log, RunFolder
+from vit3d.learning.run_folder import Log, RunFolder, replace_folder
 from vit3d.training import TrainingConfig, train
 
 
@@ -351,6 +351,34 @@ def test_nor_is_the_data_where_the_run_never_began(base, pair, tmp_path):
         train(replace(base, data=str(data), out=str(tmp_path)))
     assert {path.name: path.read_bytes() for path in data.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["volumes"]
+
+
+def test_a_checkpoint_that_cannot_be_put_in_place_leaves_the_one_before(tmp_path):
+    (tmp_path / "last").mkdir()
+    (tmp_path / "last/before").touch()
+    with pytest.raises(FileNotFoundError):
+        replace_folder(tmp_path / "last", lambda partial: None)  # writes nothing
+    assert [path.name for path in tmp_path.rglob("*")] == ["last", "before"]
+    (tmp_path / "last").rename(tmp_path / "last.old")  # as a kill in the middle leaves it
+    with pytest.raises(FileNotFoundError):
+        replace_folder(tmp_path / "last", lambda partial: None)
+    assert [path.name for path in tmp_path.rglob("*")] == ["last", "before"]
+
+
+def test_the_newest_state_is_the_one_of_most_steps(tmp_path):
+    folder = RunFolder(tmp_path)
+    for step in ("950", "1000", "2000.partial"):
+        (folder.states / step).mkdir(parents=True)
+    assert folder.step == 0  # of no run
+    folder.facts.write_text("{}")
+    assert folder.step == 1000
+
+
+def test_what_a_kill_left_of_a_checkpoint_is_in_none_of_the_next(tmp_path):
+    (tmp_path / "last.partial").mkdir()
+    (tmp_path / "last.partial/half").touch()
+    replace_folder(tmp_path / "last", lambda partial: (partial.mkdir(exist_ok=True), (partial / "whole").touch()))
+    assert [path.name for path in tmp_path.rglob("*")] == ["last", "whole"]
 
 
 def test_two_cannot_train_in_one_folder(config):

@@ -37,6 +37,7 @@ from vit3d.learning.training_data import (
     chosen_neurons,
     crop_dataset,
     read_pair,
+    tell_spacing,
     training_spacing,
     training_volumes,
 )
@@ -328,6 +329,16 @@ def test_what_was_made_ready_of_one_channel_is_not_taken_for_another(config, dat
         pair = {**row("voxel", tmp_path), "channel": channel}
         (volume,), _ = training_volumes(config, [pair], CONFIG, tmp_path / "store")
         np.testing.assert_array_equal(volume.voxels, both[:, channel])
+
+
+def test_a_neurite_that_the_gold_leaves_out_is_not_learned_as_background(config, data, tmp_path):
+    voxels = read_volume(data / "voxel.tif").voxels
+    voxels[4:8, 5:60, 2:5] = 255
+    write_volume(Volume(voxels), tmp_path / "voxel.tif")
+    shutil.copy(data / "voxel.swc", tmp_path)
+    (volume,), _ = training_volumes(config, [row("voxel", tmp_path)], CONFIG, tmp_path / "store")
+    assert (volume.labels[4:8, 5:60, 2:5] == IGNORED).all()
+    assert (volume.labels == 0).mean() > 0.9
 
 
 @pytest.mark.slow
@@ -641,6 +652,14 @@ def test_a_neuron_that_validates_does_not_decide_at_which_spacing_is_trained(con
     assert training_spacing(rows, config) == (1, 1, 1)
 
 
+def test_a_network_that_sees_real_stacks_only_when_it_validates_keeps_the_spacing_that_it_knew(config, data):
+    network = ViT3DConfig(**SIZES, **WINDOW, training_spacing_um=(5.0, 4.0, 4.0))
+    tell_spacing(network, [row("um", data)], config)
+    assert tuple(network.training_spacing_um) == (5.0, 4.0, 4.0)
+    tell_spacing(network, [row("um", data), row("voxel", data)], config)
+    assert network.training_spacing_um == read_volume(data / "voxel.tif").spacing_um
+
+
 def row(name: str, folder: Path) -> dict:
     return {"name": name, "image": str(folder / f"{name}.tif"), "swc": str(folder / f"{name}.swc"), "label": ""}
 
@@ -811,6 +830,7 @@ def test_an_init_that_is_no_vit_is_refused(config, tmp_path, capsys):
         *((name, 0, f"`{name}` must be at least 1, got 0") for name in ("max_steps", "batch_size", "validate_every")),
         *((name, 0, f"`{name}` must be at least 1, got 0") for name in ("accumulation", "save_every", "log_every")),
         ("encoder_rate", float("nan"), "`encoder_rate` must be a number from 0 on, got nan"),
+        ("head_rate", float("inf"), "`head_rate` must be a number from 0 on, got inf"),
         ("layer_decay", 0.0, "`layer_decay` must be a number above 0, up to 1, got 0.0"),
         ("ema_decay", 1.0, "`ema_decay` must be a number from 0 to below 1, got 1.0"),
         ("simulated_share", 1.5, "`simulated_share` must be a number from 0 to 1, got 1.5"),
