@@ -185,6 +185,15 @@ def test_a_compiled_network_takes_any_number_of_groups(monkeypatch):
     assert 0 < counted[1] == counted[-1], counted
 
 
+@torch.no_grad()
+def test_windows_of_one_length_with_another_between_them_attend_each_to_itself(prediction, monkeypatch):
+    monkeypatch.setattr(packing_vit3d, "FREE_PADDING", 0)
+    model, inputs, mask = tiny_model(prediction), window(prediction, 3), torch.ones_like(grid_mask(prediction, batch=3))
+    mask[[0, 2]] = torch.arange(mask[0].numel()).view_as(mask[0]) < 2
+    expected = model.head.fuse(model.vit3d(inputs, mask).fused_states)[pack_tokens(mask.flatten(1))[1]]
+    assert_close(model(packed(inputs, mask, prediction), mask).tokens, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_windows_of_like_length_attend_together_and_little_is_padded():
     count = torch.tensor([1, 784, 3, 700, 4, 30, 31, 29, 6, 100])
     groups = [sorted(count[windows].tolist()) for windows in packing_vit3d._alike(count)]

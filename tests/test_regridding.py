@@ -8,7 +8,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from test_reconstruction import CONFIG, ON_DISK, Photograph, names
-from vit3d import Volume, read_swc, read_volume, write_volume
+from vit3d import Volume, read_swc, read_volume, regridding, write_volume
 from vit3d.formats.lazy_voxels import LazyVoxels
 from vit3d.model.image_processing_vit3d import ViT3DImageProcessor
 from vit3d.reconstruction import fits_in_memory, reconstruct, reconstruct_on_disk
@@ -59,6 +59,21 @@ def test_a_box_is_that_part_of_the_whole_and_the_type_stays():
         whole = np.asarray(again)
         assert whole.dtype == again.dtype == dtype
         assert_array_equal(again[3:29, 2:9, 5], whole[3:29, 2:9, 5])
+
+
+def test_on_its_own_grid_a_volume_is_itself_also_where_a_store_rounded_the_spacing():
+    volume, rounded = (Volume(np.zeros((3, 4, 5), np.uint8), (1, step, step)) for step in (1 / 3, round(1 / 3, 9)))
+    assert on_grid_of(volume, rounded) is volume
+    assert on_grid_of(volume, replace(rounded, spacing_um=(1, 0.34, 0.34))) is not volume
+
+
+def test_in_however_small_parts_it_is_made_the_whole_is_the_same(monkeypatch):
+    volume = Volume(np.random.default_rng(0).integers(0, 60_000, (21, 18, 17)).astype(np.uint16), (1, 1, 1))
+    whole = np.asarray(regridded(volume, (0.7, 1.6, 0.9)).voxels)
+    monkeypatch.setattr(regridding, "_READ_VOXELS", 5 * 18 * 17)
+    for made in (1, 1300):
+        monkeypatch.setattr(regridding, "_MADE_VOXELS", made)
+        assert_array_equal(np.asarray(regridded(volume, (0.7, 1.6, 0.9)).voxels), whole)
 
 
 def test_a_mask_ends_midway_between_neurite_and_background():

@@ -91,6 +91,13 @@ def tiny_model(prediction: str) -> ViT3DForNeuronSegmentation:
     return model
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_a_slice_is_painted_from_the_middle_of_a_window_of_few_slices_too(depth):
+    network, voxels = OneVoxelNetwork("center_slice"), noise((7, 20, 30))
+    network.config = ViT3DConfig(volume_size=(depth, 16, 24), patch_size=(depth, 8, 8), prediction="center_slice")
+    assert_allclose(segment(network, Volume(voxels), select=False).voxels, network.whole(voxels), atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_network_that_sees_one_voxel_gives_the_same_block_wise_and_whole(network, shape):
     voxels = noise(shape)

@@ -11,7 +11,7 @@ from scipy.spatial import cKDTree
 from vit3d.centerlines import level as level_module
 from vit3d.centerlines.foreground import find_foreground
 from vit3d.centerlines.junctions import _depth_at
-from vit3d.centerlines.level import find_level, intensity_threshold, smoothed
+from vit3d.centerlines.level import find_level, intensity_threshold, seems_labels, smoothed
 from vit3d.centerlines.prominence import light_of_its_own, most_prominent_part
 from vit3d.formats.lazy_voxels import LazyVoxels
 from vit3d.model.intensity_vit3d import IntensityStatistics
@@ -261,6 +261,13 @@ def test_a_gap_is_left_open_when_it_is_longer_than_allowed_and_forest_keeps_both
     assert (tree.num_roots, both.num_roots) == (1, 2)
     assert both.cable_length > 1.5 * tree.cable_length
     np.testing.assert_array_equal(both.points[: len(tree)], tree.points)
+
+
+@pytest.mark.parametrize("max_gap, trees", [(7.8, 1), (7.4, 2)])
+def test_a_gap_may_be_half_a_voxel_longer_than_allowed(max_gap, trees):
+    mask = paint(polyline([(14, 20, 12), (14, 20, 90)], 3.0), (29, 45, 100))
+    mask[:, :, 41:49] = False
+    assert trace(Volume(mask), max_gap_um=max_gap, forest=True).num_roots == trees
 
 
 def test_by_default_ten_voxels_of_the_plane_are_bridged_however_coarse_the_slices_are():
@@ -701,8 +708,20 @@ def test_the_part_that_is_kept_is_the_most_prominent_one():
     part, _ = most_prominent_part(tree, light)
     assert light[part].min() == 1.0
     assert part.sum() == pytest.approx(200, abs=2)
+    tree, light = branched((5000, 0.05), (200, 1.0), (900, 0.6))  # long and dimmer, it is no part of that
+    assert light[most_prominent_part(tree, light)[0]].min() == 1.0
     tree, light = branched((5000, 0.05), *[(40, bright) for bright in np.linspace(0.2, 1, 30)], (400, 0.9))
     assert most_prominent_part(tree, light)[0][-1]
+
+
+def test_a_twig_of_which_nothing_is_known_is_as_bright_as_the_branch_that_it_leaves():
+    tree, light = branched((5000, 0.05), (200, 1.0))
+    fork, count = len(tree) - 100, len(tree)
+    points = np.concatenate([tree.points, tree.points[fork] + np.arange(1, 41)[:, None] * (1, 0, 0)])
+    parents = np.concatenate([tree.parents, [fork], np.arange(count, count + 39)])
+    part, _ = most_prominent_part(NeuronTree(points, np.ones(len(points)), parents), np.append(light, [np.nan] * 40))
+    assert part[-40:].all()
+    assert part.sum() == pytest.approx(240, abs=2)
 
 
 def test_a_bright_spot_and_a_soma_make_nothing_else_dim():
@@ -784,6 +803,13 @@ def test_one_voxel_is_a_tree_of_one_node():
     assert tree.num_roots == 1
 
 
+def test_a_volume_that_what_is_foreground_encloses_is_refused():
+    mask = np.ones((9, 9, 9), np.uint8)
+    mask[4, 4, 4] = 0
+    with pytest.raises(ValueError, match=r"or is enclosed by what does: .* seems inverted"):
+        trace(Volume(mask))
+
+
 @pytest.mark.parametrize("value", [True, np.uint8(1), np.uint8(255), np.float32(0.9), np.float32(40)])
 def test_a_volume_that_is_all_foreground_is_refused_with_the_fraction(value):
     with pytest.raises(ValueError, match=r"fraction 1\.0"):
@@ -829,6 +855,26 @@ def test_depth_is_the_exact_distance_to_background():
     exact = distance_transform_edt(mask, spacing_um)
     rows = np.rint(foreground.points / spacing_um).astype(int)
     np.testing.assert_allclose(foreground.depth, exact[tuple(rows.T)], rtol=1e-5)
+
+
+def test_a_point_beyond_the_stack_lies_in_no_voxel():
+    mask = np.zeros((6, 7, 8), np.uint8)
+    mask[:, 3] = mask[3] = 1
+    found = find_foreground(*find_level(Volume(mask)))
+    assert (found.nearest(np.array([(0, 3, 7), (5, 3, 0), (3, 0, 4), (3.4, 6.4, 4)])) >= 0).all()
+    beyond = np.array([(-1, 3, 4), (6, 3, 4), (3, -1, 4), (3, 7, 4), (3, 3, -1), (3, 3, 8), (2, 3, 8), (3, 5, 8)])
+    assert set(found.nearest(beyond)) == {-1}
+
+
+@pytest.mark.parametrize("flat_axis", [0, 1])
+def test_voxels_are_never_taken_for_longer_than_they_are_nor_for_shorter_than_the_finest(flat_axis):
+    """However flat neurites are: a ribbon in the plane, and one across it."""
+    mask = np.zeros((24, 40, 60), np.uint8)
+    mask[(slice(10, 11), slice(15, 25))] = flat_axis == 0
+    mask[(slice(4, 20), slice(20, 21))] |= flat_axis == 1
+    found = find_foreground(*find_level(Volume(mask, (3.0, 1.0, 1.0))))
+    assert (found.round_step <= found.step).all()
+    assert (found.round_step >= 1).all()
 
 
 def test_depth_between_voxels_is_interpolated_and_0_out_of_the_foreground():
@@ -889,6 +935,17 @@ def test_ids_of_several_neurons_are_told_from_grey_levels():
         warnings.simplefilter("error")
         trace(Volume(np.clip(60 * one + 200 * other + noise, 0, 255).astype(np.uint8)), forest=True)
         trace(Volume((one + 40 * other).astype(np.uint16)), forest=True, threshold=0)
+
+
+def test_even_grey_levels_of_the_ground_and_what_lies_on_disk_are_not_taken_for_ids():
+    class OnDisk(LazyVoxels):
+        def _fetch(self, box):
+            raise AssertionError("it was read")
+
+    neurite = paint(polyline([(8, 24, 6), (8, 24, 58)], 2.0), (16, 48, 64))
+    assert seems_labels(np.where(neurite, 3, 0) + neurite * (np.arange(64) > 30))
+    assert not seems_labels(np.where(neurite, 60, 200))
+    assert not seems_labels(OnDisk((16, 48, 64), np.uint8))
 
 
 def test_shot_noise_on_an_intensity_adds_hardly_any_cable():
