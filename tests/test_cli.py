@@ -16,6 +16,7 @@ import tifffile
 
 from vit3d.arguments import launched, root_of
 from vit3d.cli import main
+from vit3d.results import refuse_foreign, write_review
 from vit3d.tree import NeuronTree, read_swc, write_swc
 from vit3d.volume import Volume, read_volume, write_volume
 
@@ -369,6 +370,21 @@ def test_a_gold_beside_its_stack_is_never_replaced_and_an_earlier_result_is(vit3
     assert_refused(vit3d("simulate", tmp_path / "k.tif", "--shape", "8,32,32"), "k.swc, where the truth goes")
     assert foreign.read_text() == "1 2 0 0 0 1 -1\n"
     assert not (tmp_path / "k.tif").exists()
+
+
+def test_a_gold_is_not_replaced_whatever_signs_are_in_its_name(tmp_path):
+    gold = line_swc(tmp_path / "cell (1) + [2].swc")
+    with pytest.raises(ValueError, match="is no result of an earlier run"):
+        refuse_foreign(gold, forest=False)
+
+
+def test_a_result_that_may_be_one_of_the_several_of_another_stack_is_not_replaced(tmp_path):
+    tree = line_swc(tmp_path / "a_1.swc")
+    write_review([], tmp_path / "a_1_review.csv", "um")
+    refuse_foreign(tree, forest=False)
+    write_review([], tmp_path / "a_review.csv", "um")
+    with pytest.raises(ValueError, match=r"a_1\.swc is no result of an earlier run"):
+        refuse_foreign(tree, forest=False)
 
 
 def test_no_file_of_other_people_is_replaced_under_a_name_that_they_did_not_give(vit3d, tmp_path, checkpoint):

@@ -76,6 +76,13 @@ def test_a_second_time_is_one_more_commit_without_code_that_is_no_longer_used(fo
     assert published(hub) == {**contents(folder), "notes.txt": b"theirs"}
 
 
+def test_a_repository_of_a_licence_and_a_card_is_filled(folder, hub):
+    hub.repos["models", REPO] = Repo()
+    hub.repos["models", REPO].commit({"LICENSE": b"MIT", "README.md": b"soon"})
+    HubRepository(REPO).publish(folder, "first")
+    assert published(hub) == {**contents(folder), "LICENSE": b"MIT"}
+
+
 def test_what_has_not_changed_is_no_new_commit(folder, hub):
     HubRepository(REPO).publish(folder, "first")
     HubRepository(REPO).publish(folder, "again")
@@ -185,7 +192,7 @@ def test_a_commit_that_also_removes_and_whose_answer_is_lost_is_found_done(folde
 def test_waiting_for_others_is_as_before_once_all_is_published(folder, hub):
     before = get_session().timeout
     HubRepository(REPO).publish(folder, "all of it")
-    assert get_session().timeout == before
+    assert get_session().timeout == before != repository.TIMEOUT_S
 
 
 @pytest.mark.slow
@@ -252,6 +259,40 @@ def test_bytes_that_come_back_different_are_said(folder, hub, existed):
     with pytest.raises(ValueError, match=r"other bytes than were sent for model.safetensors: do not use commit \w+"):
         HubRepository(REPO).publish(folder, "second")
     assert (("models", REPO) in hub.repos) == existed
+
+
+@pytest.mark.parametrize("existed", [False, True], ids=["new", "existed"])
+def test_a_commit_that_cannot_be_read_back_is_said_to_be_there_or_taken_back(folder, hub, existed):
+    if existed:
+        HubRepository(REPO).publish(folder, "first")
+        change(folder)
+    hub.fault("HEAD", "README.md", 403, 9)
+    sentence = r"Commit \w+ is on .* could not be read back" if existed else "does not answer .*nothing was published"
+    with pytest.raises(ConnectionError, match=sentence):
+        HubRepository(REPO).publish(folder, "second")
+    assert (("models", REPO) in hub.repos) == existed
+
+
+def test_an_error_of_our_own_is_not_tried_again():
+    tries = []
+
+    def attempt() -> str:
+        tries.append(1)
+        raise RuntimeError("no upload")
+
+    with pytest.raises(RuntimeError, match="no upload"):
+        repository._persist(attempt)
+    assert len(tries) == 1
+
+
+def test_a_file_that_does_not_come_back_is_said(folder, hub, monkeypatch):
+    commit = Repo.commit
+    monkeypatch.setattr(
+        Repo, "commit", lambda repo, files: commit(repo, {name: files[name] for name in files if name[:3] != "old"})
+    )
+    with pytest.raises(ValueError, match=r"other bytes than were sent for old_vit3d\.py: do not use"):
+        HubRepository(REPO).publish(folder, "all of it")
+    assert not hub.repos
 
 
 def test_a_check_of_what_came_back_that_fails_takes_a_new_repository_back(folder, hub):

@@ -25,7 +25,7 @@ from vit3d.checkpoint import load_checkpoint
 from vit3d.cli import main
 from vit3d.learning.training_data import neuron_facts
 from vit3d.model_card import Record, card_of, check_card
-from vit3d.sharing import _described, prepare, share, share_dataset
+from vit3d.sharing import _described, _same_logits, prepare, share, share_dataset
 from vit3d.tables import add_json_line, json_lines
 
 REPO = "lab/our-network"
@@ -116,6 +116,15 @@ def test_everything_goes_in_one_commit_and_is_read_back(tiny, hub, tmp_path):
     assert len(made.commits) == 2  # the empty one of every repository, and ours
     assert f"{len(expected)} files in one commit: {hub.url}/{REPO}/commit/{made.head}" == count
     assert "every logit to the last bit" in same
+
+
+def test_a_network_that_comes_back_with_other_logits_is_told(tmp_path):
+    for seed in (0, 1):
+        tiny_model(seed=seed).save_pretrained(tmp_path / str(seed))
+    check = _same_logits(tmp_path / "0")
+    check(tmp_path / "0")
+    with pytest.raises(ValueError, match="has other logits"):
+        check(tmp_path / "1")
 
 
 def test_weights_are_shared_as_they_are_stored(tiny, tmp_path):
