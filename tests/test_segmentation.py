@@ -380,3 +380,12 @@ def test_what_is_hung_onto_a_network_or_compiled_is_used():
     assert_allclose(segment(model, volume).voxels, expected, atol=1e-5)
     assert "compiled" in called
     assert sum(count for count in called if count != "compiled") > 4
+
+
+def test_what_a_network_gives_that_is_no_number_is_refused():
+    class Broken(OneVoxelNetwork):
+        def paint(self, *args) -> torch.Tensor:
+            return super().paint(*args) * math.nan
+
+    with pytest.raises(ValueError, match="gave NaN or infinite probabilities"):
+        segment(Broken(), Volume(noise((8, 20, 30))), select=False)

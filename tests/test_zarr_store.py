@@ -386,6 +386,15 @@ def test_a_lost_chunk_of_a_store_without_a_fill_value_is_named(tmp_path):
         read_volume(path)
 
 
+def test_a_lost_chunk_of_a_store_that_is_filled_with_nan_is_named(tmp_path):
+    path = tmp_path / "a.zarr"
+    array = zarr.create_array(path, shape=(8, 32, 32), chunks=(8, 16, 16), dtype="float32", fill_value=np.nan)
+    array[:] = 1
+    (path / "c/0/1/1").unlink()
+    with pytest.raises(ValueError, match="lost the chunk c/0/1/1"):
+        read_volume(path)
+
+
 def test_a_lost_chunk_of_a_chosen_channel_is_named_too(tmp_path):
     path = plain(tmp_path / "a.zarr", noise((2, *SHAPE)))
     (path / "c/1/0/0/0").unlink()

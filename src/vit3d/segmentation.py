@@ -7,6 +7,7 @@ larger than memory is in `blockwise`.
 import sys
 from functools import partial
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -37,7 +38,7 @@ def segment(
 
     Windows have the size the network was trained with and share half of their depth and a patch in the plane; a patch
     is painted once, from the mean of its tokens. A volume smaller than a window is padded by repeating its border.
-    ValueError for NaN, infinite voxels and those beyond float32.
+    ValueError for NaN, infinite voxels and those beyond float32, and for a network that gives such.
     """
     refuse_other_than_volume(volume)
     check_finite(volume.voxels)
@@ -51,6 +52,8 @@ def segment(
         batch_size=batch_size,
         progress=partial(tqdm, desc="segment", unit="batch", disable=None, leave=False),
     )
+    if not np.isfinite(probability.sum()):
+        raise ValueError("The network gave NaN or infinite probabilities.")
     return Volume(probability, volume.spacing_um)
 
 

@@ -27,7 +27,7 @@ def refuse_missing_chunks(array, box: Box, voxels: np.ndarray) -> None:
     fill = 0 if array.fill_value is None else array.fill_value  # Zarr v2's null leaves it open: zeros are read
     for index, part in _chunks(array, box):
         region = voxels[part]
-        if region.flat[0] == fill and (region == fill).all():
+        if _is_filled(region.flat[:1], fill) and _is_filled(region, fill):
             key = array.metadata.encode_chunk_key(index)
             if not sync((array.store_path / key).exists()):
                 raise ValueError(
@@ -35,6 +35,10 @@ def refuse_missing_chunks(array, box: Box, voxels: np.ndarray) -> None:
                     f'it. A store that leaves out empty chunks declares it by the attribute "{DECLARATION[0]}": '
                     f'"{DECLARATION[1]}", or is read with --missing-as-fill.'
                 )
+
+
+def _is_filled(voxels: np.ndarray, fill) -> bool:
+    return bool((np.isnan(voxels) if fill != fill else voxels == fill).all())
 
 
 def _chunks(array: zarr.Array, box: Box) -> Iterator[tuple[tuple[int, ...], Box]]:

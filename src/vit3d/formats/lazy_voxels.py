@@ -219,7 +219,7 @@ def _axis_of(part, size: int) -> tuple[slice, slice | int]:
         start, stop, step = part.indices(size)
         if step < 1:
             raise IndexError(f"Voxels on disk are read forwards: steps of 1 or more, got {step}.")
-        return slice(start, max(start, stop), step), slice(None)
+        return slice(start, stop, step), slice(None)
     if not isinstance(part, int | np.integer) or not -size <= part < size:
         raise IndexError(f"Voxels on disk are addressed by slices and by numbers below {size}, got {part!r}.")
     part = int(part) % size
@@ -229,7 +229,7 @@ def _axis_of(part, size: int) -> tuple[slice, slice | int]:
 def _parts(axis: slice, edge: int) -> Iterator[tuple[slice, slice]]:
     """An axis with a step, cut at multiples of `edge`: (what to read, where its kept voxels go)."""
     for cut in range(axis.start - axis.start % edge, axis.stop, edge):
-        before = len(range(axis.start, max(axis.start, cut), axis.step))
+        before = len(range(axis.start, cut, axis.step))
         first, stop = axis.start + before * axis.step, min(cut + edge, axis.stop)
         count = len(range(first, stop, axis.step))
         if count:
