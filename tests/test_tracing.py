@@ -150,16 +150,22 @@ def test_a_probability_that_rounding_took_beyond_its_range_is_one():
 
 @pytest.mark.parametrize("factor", [10, 1000, 1 / 3, 7.3])
 def test_the_unit_of_the_spacing_changes_no_path(factor):
-    spacing_um = np.array((1.0, 0.33, 0.33))
-    volume, gold = simulate_neuron(seed=2, shape=(32, 96, 96), spacing_um=tuple(spacing_um))
+    volume, gold = simulate_neuron(seed=2, shape=(32, 96, 96), spacing_um=(1.0, 0.33, 0.33))
     mask = paint(gold, volume.shape, min_radius_vox=1)
-    mask[:, 40:43] = False  # gaps to bridge
-    tree, found = trace_with_review(Volume(mask, tuple(spacing_um)))
-    again, refound = trace_with_review(Volume(mask, tuple(factor * spacing_um)))
-    assert np.array_equal(again.parents, tree.parents)
-    assert again.points / factor == pytest.approx(tree.points, abs=1e-6)
-    assert again.radii / factor == pytest.approx(tree.radii, abs=1e-6)
-    assert [review.kind for review in refound] == [review.kind for review in found]
+    mask[:, 40:43] = False
+    step = np.zeros((20, 40, 90), np.float32)  # its middle lies between two voxels, and so does the gap's
+    step[8:10, 16:18, 5:44] = step[8:10, 18:20, 52:85] = 1
+    for seen in (mask, ndimage.gaussian_filter(step, (0.6, 0.8, 0.8))):
+        tree, reviews = trace_with_review(Volume(seen, (1.0, 0.33, 0.33)))
+        again, reviews_again = trace_with_review(Volume(seen, (1.0 * factor, 0.33 * factor, 0.33 * factor)))
+        assert np.array_equal(again.parents, tree.parents)
+        assert again.points / factor == pytest.approx(tree.points, abs=1e-6)
+        assert again.radii / factor == pytest.approx(tree.radii, abs=1e-6)
+        assert any(review.kind == "join" for review in reviews)
+        for one, other in zip(reviews, reviews_again, strict=True):
+            assert other.kind == one.kind
+            assert np.divide(other.point, factor) == pytest.approx(one.point, abs=1e-6)
+            assert (other.length / factor, other.confidence) == pytest.approx((one.length, one.confidence), abs=1e-6)
 
 
 @pytest.mark.parametrize("radius", [2.0, 3.0, 5.0])

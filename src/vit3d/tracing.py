@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from vit3d.centerlines.foreground import Foreground, find_foreground
+from vit3d.centerlines.foreground import Foreground, find_foreground, voxel_of
 from vit3d.centerlines.joining import join_fragments
 from vit3d.centerlines.level import Level, find_level
 from vit3d.centerlines.prominence import most_prominent_part
@@ -110,13 +110,11 @@ def trace_with_review(  # noqa: PLR0913 (those of `trace`, and one)
         warnings.warn(f"No voxel lies above the threshold {level.threshold:g}: the tree is empty.", stacklevel=3)
         return NeuronTree.empty(unit, volume.spacing_um), []
     foreground = _without_dust(foreground, min_voxels)
-    step = np.array(volume.spacing_um or (1.0, 1.0, 1.0))
-    finest = step.min()
-    tree = skeletonize(foreground, (min_branch_um or 0.0) / finest).scaled(finest)
-    tree = replace(tree, unit=unit, spacing_um=volume.spacing_um)
-    gap = _GAP_VOXELS * step[1:].min() if max_gap_um is None else max_gap_um
+    finest, step = voxel_of(volume)  # all that is chosen by length is chosen in units of the finest axis
+    tree = skeletonize(foreground, (min_branch_um or 0.0) / finest)
+    gap = _GAP_VOXELS * step[1:].min() if max_gap_um is None else max_gap_um / finest
     tree, bridges = join_fragments(tree, volume, level, step, gap)
-    whole = tree
+    whole = tree = replace(tree.scaled(finest), unit=unit, spacing_um=volume.spacing_um)
     tree, bridges, rows = _neuron(whole, bridges, root, forest, light)
     left_out = _left_out(whole, rows)
     _warn_of_rivals(tree, left_out, root)
@@ -217,7 +215,7 @@ def _without_stubs(tree: NeuronTree, rows: np.ndarray, bridges: list[np.ndarray]
 
 def _begun(tree: NeuronTree, foreground: Foreground, hub: bool) -> NeuronTree:
     """One tree with the soma, or the `hub`, that it leaves."""
-    finest = min(tree.spacing_um or (1.0,))
+    finest = 1.0 if tree.spacing_um is None else min(tree.spacing_um)
     begun = with_soma(tree.scaled(1 / finest), foreground).scaled(finest)
     tree = replace(begun, spacing_um=tree.spacing_um)  # to the last digit
     return with_hub(tree) if hub else tree

@@ -37,8 +37,7 @@ class Foreground:
     @classmethod
     def posed(cls, linear: np.ndarray, probability: np.ndarray, volume: Volume) -> "Foreground":
         """From flat indices into the volume: longest axis first, the long tail of each axis at its end."""
-        shape, step = np.array(volume.shape), np.array(volume.spacing_um or (1.0, 1.0, 1.0))
-        step = np.round(step / step.min(), 9)  # the last digits differ from unit to unit
+        shape, (_, step) = np.array(volume.shape), voxel_of(volume)
         index = _unravelled(linear, volume.shape)
         spread, skew = np.array([_spread_and_skew(index[:, axis], shape[axis]) for axis in range(3)]).T
         axes = np.argsort(-np.round(spread, 6), kind="stable")
@@ -231,6 +230,15 @@ def _spread_and_skew(place: np.ndarray, size: int) -> tuple[float, float]:
     count = np.bincount(place, minlength=size)
     away = np.arange(size) - place.mean()
     return (count * away**2).sum() / len(place), (count * away**3).sum() / len(place)
+
+
+def voxel_of(volume: Volume) -> tuple[float, np.ndarray]:
+    """The finest axis of a voxel in um (or voxels), and a voxel (z, y, x) in units of that, without its last digits.
+
+    Where two ways are as long, or two voxels as near, rounding decides, and that differs from unit to unit.
+    """
+    step = np.array(volume.spacing_um or (1.0, 1.0, 1.0))
+    return float(step.min()), np.round(step / step.min(), 9)
 
 
 def find_foreground(volume: Volume, level: Level) -> Foreground:
