@@ -98,7 +98,24 @@ def test_resampling_makes_no_cable_inside_a_soma(step):
         again = resample(tree, step)
         assert_array_equal(again.points[again.types == 1], tree.points[tree.types == 1])
         before, after = measure(tree), measure(again)
+        length = after.pop("length_um")
+        assert length == pytest.approx(before.pop("length_um"))
+        assert before.pop("volume_um3") - 1e-9 <= after.pop("volume_um3") <= np.pi * length + 1e-9
         assert {**after, "nodes": 0} == pytest.approx({**before, "nodes": 0})
+
+
+def test_resampling_begins_at_the_surface_of_a_soma_where_the_next_node_is_far():
+    for order in ([0, 1, 2], [2, 1, 0]):  # away from the soma, and towards it
+        points, radii, types = np.array([[0, 0, 0], [0, 0, 100], [0, 0, 110]]), np.array([5, 1, 1]), np.array([1, 3, 3])
+        again = resample(NeuronTree(points[order], radii[order], [-1, 0, 1], types[order]), 1.0)
+        assert_allclose(np.sort(again.points[:, 2]), [0, *range(5, 111)])
+        assert (again.types == 1).sum() == 1
+
+
+def test_a_soma_whose_last_node_is_an_inner_one_is_measured():
+    tree = NeuronTree([[0, 0, 0], [0, 0, 10], [0, 5, 0]], [5, 1, 5], [-1, 0, 0], [1, 3, 1])
+    assert measure(tree)["trees"] == 1
+    assert len(sholl(tree, 1.0)[0]) > 0
 
 
 def test_a_full_binary_tree_has_strahler_equal_to_its_depth():

@@ -156,8 +156,9 @@ def _with_one_soma(tree: NeuronTree) -> tuple[NeuronTree, np.ndarray]:
     inner = (tree.types == SOMA) & (tree.parents >= 0) & (tree.types[tree.parents] == SOMA)
     first = follow(np.where(inner, tree.parents, rows))
     parents = np.where(tree.parents < 0, -1, first[tree.parents])
-    nodes = np.bincount(first)
-    points = np.column_stack([np.bincount(first, column) / np.maximum(nodes, 1) for column in tree.points.T])
+    nodes = np.bincount(first, minlength=len(tree))
+    points = [np.bincount(first, column, len(tree)) / np.maximum(nodes, 1) for column in tree.points.T]
+    points = np.column_stack(points)
     return replace(tree, points=points, parents=parents).take(rows[~inner]), rows[~inner]
 
 
@@ -165,14 +166,15 @@ def resample(tree: NeuronTree, step: float) -> NeuronTree:
     """The same branches with nodes about every `step` along them, evenly spaced per branch.
 
     Roots, tips, branch points and somas stay where they are, and so does the first node of what leaves a soma: there
-    is no cable inside it to put nodes on. Radius and confidence are interpolated along the branch, the type is that of
-    its far end.
+    is no cable inside it, and nodes are put on such an edge from the surface on. Radius and confidence are interpolated
+    along the branch, the type is that of its far end.
     """
     if not step > 0:
         raise ValueError(f"the resampling step must be positive, got {step}.")
     tree = tree.sorted()
     if tree.cable_length / step > _MOST_NODES:
         raise ValueError(f"a resampling step of {step} makes more than {_MOST_NODES} nodes; take a longer one.")
+    tree = _from_surfaces(tree, step).sorted()
     is_soma, beside = tree.types == SOMA, np.zeros(len(tree), bool)
     child, parent = tree.edges, tree.parents[tree.edges]
     beside[child[is_soma[parent]]] = beside[parent[is_soma[child]]] = True
@@ -197,6 +199,26 @@ def resample(tree: NeuronTree, step: float) -> NeuronTree:
     resampled = replace(tree, points=values[:, :3], radii=values[:, 3], parents=parents, types=types,
                         confidence=confidence)  # fmt: skip
     return resampled
+
+
+def _from_surfaces(tree: NeuronTree, step: float) -> NeuronTree:
+    """The tree with a node where a neurite comes out of a soma, if its next one is more than `step` away from there."""
+    child, parent, is_soma = tree.edges, tree.parents[tree.edges], tree.types == SOMA
+    soma, neurite = np.where(is_soma[child], (child, parent), (parent, child))
+    far = (is_soma[child] != is_soma[parent]) & (tree.edge_lengths > tree.radii[soma] + step)
+    child, parent, soma, neurite = child[far], parent[far], soma[far], neurite[far]
+    share = (tree.radii[soma] / tree.edge_lengths[far])[:, None]
+    points = tree.points[soma] + share * (tree.points[neurite] - tree.points[soma])
+    parents = tree.parents.copy()
+    parents[child] = len(tree) + np.arange(len(child))
+    return replace(
+        tree,
+        points=np.concatenate([tree.points, points]),
+        radii=np.concatenate([tree.radii, tree.radii[neurite]]),
+        parents=np.concatenate([parents, parent]),
+        types=np.concatenate([tree.types, tree.types[neurite]]),
+        confidence=None if tree.confidence is None else np.concatenate([tree.confidence, tree.confidence[neurite]]),
+    )
 
 
 def _along_branches(tree, found, values, branch, fraction) -> np.ndarray:
