@@ -800,3 +800,14 @@ def test_who_is_told_to_stop_leaves_nothing_half_written(tmp_path, checkpoint, n
     run.send_signal(number)
     assert run.wait(timeout=60) == 128 + number
     assert files(tmp_path) == {"a.tif"}
+
+
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN])
+def test_a_command_leaves_the_signals_of_who_called_it_as_they_were(vit3d, tmp_path, before):
+    write_swc(NeuronTree([[0, 0, 0], [0, 0, 5]], [1, 1], [-1, 0]), tmp_path / "a.swc")
+    own = signal.signal(signal.SIGTERM, before)
+    try:
+        assert vit3d("measure", tmp_path / "a.swc")[0] == 0
+        assert signal.getsignal(signal.SIGTERM) == before
+    finally:
+        signal.signal(signal.SIGTERM, own)

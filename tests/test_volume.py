@@ -41,7 +41,9 @@ def test_a_crop_keeps_the_spacing_and_the_voxels_of_its_box():
     assert (part.voxels == voxels[2:5, 0:7, 3:]).all()
 
 
-@pytest.mark.parametrize("box", [(slice(0, 4, 2), slice(None), slice(None)), (slice(0, 4), slice(0, 4)), (0, 1, 2)])
+@pytest.mark.parametrize(
+    "box", [(slice(0, 4, 2), slice(None), slice(None)), (slice(0, 4), slice(0, 4)), (0, 1, 2), slice(0, 4)]
+)
 def test_a_box_with_a_step_or_too_few_slices_is_refused(box):
     with pytest.raises(ValueError, match="three slices"):
         Volume(noise(), SPACING).crop(box)
@@ -108,9 +110,16 @@ def test_64_bit_whole_numbers_are_written_as_32_bit_ones_where_they_fit(tmp_path
     assert not (tmp_path / "b.tif").exists()
 
 
+@pytest.mark.parametrize("dtype", ["complex64", "longdouble"])
+def test_what_no_tiff_holds_is_not_written(tmp_path, dtype):
+    with pytest.raises(ValueError, match="cannot hold voxels of type"):
+        write_volume(Volume(noise(dtype=dtype)), tmp_path / "a.tif")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "float64"])
-@pytest.mark.parametrize("width", [3, 4])
-def test_a_narrow_stack_is_not_written_as_colours(tmp_path, dtype, width):
+@pytest.mark.parametrize("width", [1, 3, 4])
+def test_a_narrow_stack_is_read_back(tmp_path, dtype, width):
     voxels = noise(dtype=dtype)[:, :, :width]
     write_volume(Volume(voxels), tmp_path / "a.tif")
     assert (read_volume(tmp_path / "a.tif").voxels == voxels).all()

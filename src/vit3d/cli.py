@@ -4,8 +4,10 @@ import csv
 import os
 import signal
 import sys
+import threading
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -509,7 +511,9 @@ def convert(
     flip: Annotated[
         str | None, typer.Option(help="AXIS:LAST: x, y or z, and its last voxel centre in the unit of OUT.swc.")
     ] = None,
-    resample: Annotated[float | None, typer.Option(help="New distance of nodes; tips and branch points stay.")] = None,
+    resample: Annotated[
+        float | None, typer.Option(help="New distance of nodes; tips, branch points and somas stay.")
+    ] = None,
     split: Annotated[bool, typer.Option(help="One file per tree: OUT_1.swc, OUT_2.swc, ...")] = False,
 ):
     """Units, scale, flip, resampling, splitting of an SWC, in this order; parents come before children.
@@ -695,23 +699,31 @@ def _warn(message, category, *_) -> None:
         _complain(message)
 
 
-def _stop(number: int, _) -> None:
-    """Leave as after Ctrl-C, what is half written taken away: so schedulers and containers stop what runs."""
-    sys.exit(128 + number)
+@contextmanager
+def _tidying_up() -> Iterator[None]:
+    """SIGTERM, with which schedulers and containers stop programs, ends this as Ctrl-C does: no half result stays."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The `vit3d` command: one sentence and exit status 2 for what a person can mend, no traceback."""
     warnings.showwarning = _warn
-    # a training has the machine to itself, outlives a kill, and its ranks would wait for one that tidies up
-    if (sys.argv[1:] if arguments is None else arguments)[:1] != ["train"]:
+    is_training = (sys.argv[1:] if arguments is None else arguments)[:1] == ["train"]
+    if not is_training:  # which has the machine to itself
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait block another program
-        with suppress(ValueError):  # only a main thread hears of signals
-            signal.signal(signal.SIGTERM, _stop)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        sys.exit(app(arguments, prog_name="vit3d", standalone_mode=False))
+        # a training is never half written, and a process of it that lingered would hold up the others
+        with nullcontext() if is_training else _tidying_up():
+            sys.exit(app(arguments, prog_name="vit3d", standalone_mode=False))
     except (ValueError, OSError, MemoryError) as error:
         _complain(sentence(error))
     except _UsageError as error:

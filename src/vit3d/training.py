@@ -29,7 +29,7 @@ from .learning.optimization import freeze, optimizer_and_schedule, parameter_gro
 from .learning.patches import CropDataset
 from .learning.run_folder import Log, RunFolder, copy_checkpoint, save
 from .learning.training_config import TrainingConfig
-from .learning.training_data import chosen_neurons, neuron_facts, tell_spacing, training_volumes
+from .learning.training_data import chosen_neurons, glances, neuron_facts, tell_spacing, training_volumes
 from .model.auto_vit3d import register
 from .model.configuration_vit3d import ViT3DConfig
 from .model.image_processing_vit3d import ViT3DImageProcessor
@@ -59,7 +59,8 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
     rows, config = chosen_neurons(config)
     folder = RunFolder(config.out)
     config = as_begun(config, folder.begun_with() if resume else None)
-    facts = {**asdict(config), "num_processes": accelerator.num_processes, "neurons": neuron_facts(rows)}
+    facts = {**asdict(config), "num_processes": accelerator.num_processes}
+    facts |= {"neurons": neuron_facts(rows), "files": glances(rows)}
     folder.refuse_unless_free(facts, resume)
     seen = folder.seen
     if folder.step == config.max_steps:  # it is finished

@@ -26,8 +26,8 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(?=[^/])")  # a Path has made on
 class Volume:
     """Voxels (Z, Y, X), array-like, and their spacing (z, y, x) in um; None where nobody has stated it.
 
-    `voxels` is an array, or lies on disk: it knows `shape`, `dtype` and `chunks`, `voxels[box]` reads a box, and
-    `np.asarray(voxels)` everything.
+    `voxels` is an array, as which a list or a tensor on the CPU is taken, or lies on disk: it knows `shape`, `dtype`
+    and `chunks`, `voxels[box]` reads a box, and `np.asarray(voxels)` everything.
     """
 
     voxels: np.ndarray | LazyVoxels
@@ -56,8 +56,9 @@ def box_in(box: tuple[slice, slice, slice] | None, shape: tuple[int, ...]) -> tu
     Ends may be left out, be counted from the end, or lie beyond, as Python has it. ValueError: other than three slices
     without a step, or without a voxel.
     """
-    box = box or (slice(None),) * 3
-    if len(box) != 3 or not all(isinstance(axis, slice) and axis.step in (None, 1) for axis in box):
+    box = (slice(None),) * 3 if box is None else box
+    slices = isinstance(box, tuple | list) and all(isinstance(axis, slice) and axis.step in (None, 1) for axis in box)
+    if not slices or len(box) != 3:
         raise ValueError(f"`box` must be three slices (z, y, x) without a step, got {box}.")
     inside = tuple(slice(*axis.indices(size)[:2]) for axis, size in zip(box, shape, strict=True))
     if any(axis.stop <= axis.start for axis in inside):

@@ -20,10 +20,10 @@ def digest(path: str | Path) -> str:
 def glance(path: str | Path) -> int:
     """A sum over some places of a file, spread evenly, and over as many files of a folder: soon read, however large.
 
-    With `size` it tells files whose voxels or nodes differ throughout, wherever they lie.
+    With `size` it tells files that differ throughout, wherever they lie; what differs in one slice it may miss.
     """
     files, total = files_of(path), 0
-    for file in files[:: max(1, len(files) // _PLACES)]:
+    for file in files[:: max(1, -(-len(files) // _PLACES))]:
         if file.exists():
             last = max(_stat(file).st_size - _PLACE_BYTES, 0)
             with open(file, "rb") as opened:

@@ -123,7 +123,9 @@ def _storable(voxels: np.ndarray, path: Path) -> np.ndarray:
         return voxels.astype(np.uint8) * np.uint8(255)
     if voxels.dtype == np.float16:
         return voxels.astype(np.float32)
-    if voxels.dtype.kind not in "iu" or voxels.dtype.itemsize <= 4:
+    if voxels.dtype.kind not in "iuf" or voxels.dtype.itemsize > 8:
+        raise ValueError(f"{path} cannot hold voxels of type {voxels.dtype}: whole numbers or floats up to 64 bits.")
+    if voxels.dtype.kind == "f" or voxels.dtype.itemsize <= 4:
         return voxels
     narrow = np.dtype(f"{voxels.dtype.kind}4")
     if voxels.min() < np.iinfo(narrow).min or voxels.max() > np.iinfo(narrow).max:
@@ -233,7 +235,8 @@ def _ome_pixels(tiff: tifffile.TiffFile) -> dict[str, str]:
 
 def _tiff_header(voxels: np.ndarray, spacing_um: SpacingUm | None) -> dict:
     z, y, x = spacing_um or (1.0, 1.0, 1.0)
-    if voxels.dtype in (np.uint8, np.uint16, np.float32) and voxels.nbytes <= _LARGEST_IMAGEJ_BYTES:
+    wide = voxels.shape[2] > 1  # tifffile cannot read ImageJ's of one column
+    if wide and voxels.dtype in (np.uint8, np.uint16, np.float32) and voxels.nbytes <= _LARGEST_IMAGEJ_BYTES:
         unit = {"unit": "um", "spacing": z} if spacing_um else {}
         return {"imagej": True, "resolution": (1 / x, 1 / y), "metadata": {"axes": "ZYX", **unit}}
     sizes = {"PhysicalSizeZ": z, "PhysicalSizeY": y, "PhysicalSizeX": x} if spacing_um else {}

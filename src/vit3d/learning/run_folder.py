@@ -54,6 +54,10 @@ class RunFolder:
             raise ValueError(f"{self.path} already holds a run; choose another --out, or go on with --resume.")
         before = _DEFAULTS | (self.begun_with() or {})  # a run may be older than a field
         before, now = (json.loads(json.dumps(values)) for values in (before, facts))
+        seen, files = before.pop("files", {}), now.pop("files", {})  # a run may be older than these
+        changed = [name for name in seen if seen[name] != files.get(name, seen[name])]
+        if changed:
+            raise ValueError(f"{self.path} cannot be resumed: the files of {', '.join(changed)} are others by now.")
         for name in sorted(before.keys() | now.keys()):
             if name not in FREE and before.get(name) != now.get(name):
                 old, new = (str(values.get(name))[:_SHOWN] for values in (before, now))

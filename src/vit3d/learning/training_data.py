@@ -68,13 +68,17 @@ def chosen_neurons(config: TrainingConfig) -> tuple[list[dict], TrainingConfig]:
 
 
 def neuron_facts(rows: list[dict]) -> dict[str, list[float]]:
-    """Name -> sizes of its files, its voxel size, and a glance at the files: what tells one data folder from another,
-    wherever it lies."""
-    facts = {}
-    for row in rows:
-        files = [row[key] for key in ("image", "swc", "label") if row.get(key)]
-        facts[row["name"]] = [*map(size, files), *(row["spacing_um"] or ()), *map(glance, files)]
-    return facts
+    """Name -> bytes of its files and its voxel size: what tells one data folder from another, wherever it lies."""
+    return {row["name"]: [*map(size, _files(row)), *(row["spacing_um"] or ())] for row in rows}
+
+
+def glances(rows: list[dict]) -> dict[str, list[int]]:
+    """Name -> a `glance` at each of its files: what tells them from others of the same sizes."""
+    return {row["name"]: list(map(glance, _files(row))) for row in rows}
+
+
+def _files(row: dict) -> list[str]:
+    return [row[key] for key in ("image", "swc", "label") if row.get(key)]
 
 
 def training_spacing(rows: list[dict], config: TrainingConfig) -> tuple[float, ...] | None:
