@@ -16,8 +16,9 @@ class Augmentation:
     plane, by any angle. stretch: in depth, as if slices lay closer together or further apart. expose: brightness
     and black level. gamma: dim neurites against bright ones. noise, blur. drop_slices: one or two slices are
     blank or repeat their neighbour. polarity: the crop as it would look in the other kind of microscope, dark
-    neurites on a bright ground for fluorescence. crowd: cells out of focus. stripes: shadows of a light sheet.
-    texture: clumped noise. speckle: of coherent light. sharpen: rings around what is bright.
+    neurites on a bright ground for fluorescence. crowd: cells out of focus. neighbours: sharp neurites of other
+    cells, many and far dimmer. stripes: shadows of a light sheet. texture: clumped noise. speckle: of coherent
+    light. sharpen: rings around what is bright.
     """
 
     flip: float = 0.5
@@ -31,6 +32,7 @@ class Augmentation:
     drop_slices: float = 0.1
     polarity: float = 0.1
     crowd: float = 0.25
+    neighbours: float = 0.2
     stripes: float = 0.1
     texture: float = 0.2
     speckle: float = 0.1
@@ -168,6 +170,9 @@ def _with_artefacts(light: np.ndarray, rng: np.random.Generator, augmentation: A
         width = rng.uniform(4, 8)
         glow = ndimage.gaussian_filter(others, (rng.uniform(1.5, 4), width, width), mode="wrap", truncate=3)
         light = light + np.float32(rng.uniform(0.1, 1.0)) * glow / max(np.float32(np.percentile(glow, 99.5)), 1e-3)
+    if rng.random() < augmentation.neighbours:
+        copies = [_elsewhere(light, rng) for _ in range(rng.integers(2, 6))]
+        light = light + np.float32(np.exp(rng.uniform(np.log(0.04), np.log(0.25)))) * np.clip(sum(copies), 0, 2)
     if rng.random() < augmentation.stripes:
         light = (light + haze) * _stripes(light.shape, rng) - haze
     if rng.random() < augmentation.speckle:
@@ -179,6 +184,12 @@ def _with_artefacts(light: np.ndarray, rng: np.random.Generator, augmentation: A
         blurred = ndimage.gaussian_filter(light, (0.5 * width, width, width), truncate=3)
         light = light + np.float32(rng.uniform(0.5, 3)) * (light - blurred)
     return light
+
+
+def _elsewhere(light: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The same neurites in other places: flipped, and moved around the crop."""
+    flipped = light[tuple(slice(None, None, rng.choice([-1, 1])) for _ in range(3))]
+    return ndimage.shift(flipped, rng.integers(light.shape), order=0, mode="mirror")
 
 
 def _stripes(shape: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
