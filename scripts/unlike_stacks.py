@@ -147,9 +147,9 @@ def mesh(rng, light: np.ndarray, truth: NeuronTree) -> np.ndarray:
     return 0.05 + light + 0.15 * others
 
 
-UNLIKE = (puncta, blobs, jitter, seams, dim, mesh)
-KINDS = {k.__name__: k for k in (plain, stripes, crowd, ringing, speckle, membrane, brightfield, *UNLIKE)}
-ALIKE = ("stripes", "crowd", "ringing", "speckle", "membrane", "brightfield")
+UNLIKE = (puncta, blobs, jitter, seams, dim)
+KINDS = {k.__name__: k for k in (plain, stripes, crowd, ringing, speckle, membrane, brightfield, *UNLIKE, mesh)}
+ALIKE = ("stripes", "crowd", "ringing", "speckle", "membrane", "brightfield", "mesh")
 DARK = ("brightfield",)
 LEVELS = {"dim": 12}  # grey levels of a bright neurite; of the others' 200
 
