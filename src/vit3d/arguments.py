@@ -13,7 +13,18 @@ import numpy as np
 
 from .formats.lazy_voxels import pieces
 from .tree import UNITS, NeuronTree, read_swc
-from .volume import SUFFIXES, Volume, is_stack, loaded, named_stacks, open_volume, read_volume, stack_name, swc_name
+from .volume import (
+    SUFFIXES,
+    Volume,
+    box_in,
+    is_stack,
+    loaded,
+    named_stacks,
+    open_volume,
+    read_volume,
+    stack_name,
+    swc_name,
+)
 
 SWC_SUFFIXES = (".swc", ".eswc")
 Box = tuple[slice, slice, slice]
@@ -297,16 +308,16 @@ def to_unit(tree: NeuronTree, unit: str | None, spacing: str | None) -> NeuronTr
 def box_of(text: str | None, shape: tuple[int, ...]) -> Box:
     """`z0:z1,y0:y1,x0:x1` -> slices inside `shape`; an empty end means the volume's."""
     if text is None:
-        return tuple(slice(0, size) for size in shape)
+        return box_in(None, shape)
     try:
         ends = [[int(end) if end else None for end in part.split(":")] for part in text.split(",")]
-        box = tuple(
-            slice(*slice(start, stop).indices(size)[:2]) for (start, stop), size in zip(ends, shape, strict=True)
-        )
+        wanted = tuple(slice(start, stop) for (start, stop), _ in zip(ends, shape, strict=True))
     except ValueError:
         raise ValueError(f"--crop takes z0:z1,y0:y1,x0:x1 in voxels, got {text!r}.") from None
-    if any(axis.stop <= axis.start for axis in box):
-        raise ValueError(f"--crop {text} is empty in a stack of {shape} voxels (Z, Y, X).")
+    try:
+        box = box_in(wanted, shape)
+    except ValueError:
+        raise ValueError(f"--crop {text} is empty in a stack of {shape} voxels (Z, Y, X).") from None
     if any(stop is not None and stop > size for (_, stop), size in zip(ends, shape, strict=True)):
         warnings.warn(f"--crop {text} ends beyond the stack of {shape} voxels (Z, Y, X): cut there.", stacklevel=2)
     return box

@@ -171,7 +171,6 @@ def resample(tree: NeuronTree, step: float) -> NeuronTree:
     """
     if not step > 0:
         raise ValueError(f"the resampling step must be positive, got {step}.")
-    tree = tree.sorted()
     if tree.cable_length / step > _MOST_NODES:
         raise ValueError(f"a resampling step of {step} makes more than {_MOST_NODES} nodes; take a longer one.")
     tree = _from_surfaces(tree, step).sorted()

@@ -119,7 +119,7 @@ def trace_with_review(  # noqa: PLR0913 (those of `trace`, and one)
     left_out = _left_out(whole, rows)
     _warn_of_rivals(tree, left_out, root)
     reviews = sorted(_joins(tree, bridges) + _weak_spots(tree, bridges), key=lambda review: review.confidence)
-    main, *others = (_begun(part, foreground, hub=root is None) for part in tree.split())
+    main, *others = (_begun(part, foreground, finest, hub=root is None) for part in tree.split())
     main = main if root is None else _started(main, np.array(root))
     tree = NeuronTree.together([main, *others])
     tree = tree.sorted() if step_um is None else resample(tree, step_um)
@@ -213,9 +213,8 @@ def _without_stubs(tree: NeuronTree, rows: np.ndarray, bridges: list[np.ndarray]
     return rows[inside[rows]]
 
 
-def _begun(tree: NeuronTree, foreground: Foreground, hub: bool) -> NeuronTree:
-    """One tree with the soma, or the `hub`, that it leaves."""
-    finest = 1.0 if tree.spacing_um is None else min(tree.spacing_um)
+def _begun(tree: NeuronTree, foreground: Foreground, finest: float, hub: bool) -> NeuronTree:
+    """One tree with the soma, or the `hub`, that it leaves; `finest` is the foreground's unit in the tree's."""
     begun = with_soma(tree.scaled(1 / finest), foreground).scaled(finest)
     tree = replace(begun, spacing_um=tree.spacing_um)  # to the last digit
     return with_hub(tree) if hub else tree

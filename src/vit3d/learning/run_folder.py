@@ -23,8 +23,8 @@ from ..model.image_processing_vit3d import ViT3DImageProcessor
 from ..tables import json_lines
 from .training_config import TrainingConfig
 
-# what a resumed run may change: where its files are (what they say is in `neurons` and `validate`), and how often and
-# with what it is watched
+# what a resumed run may change: where its files are (what they say is in `neurons`, `files` and `validate`), and how
+# often and with what it is watched
 FREE = ("out", "data", "split_file", "spacing_table", "save_every", "log_every", "log_with", "num_workers", "device")
 _DEFAULTS = {field.name: field.default for field in fields(TrainingConfig) if field.default is not MISSING}
 _SHOWN = 80  # characters of a value in a sentence
