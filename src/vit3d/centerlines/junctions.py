@@ -127,7 +127,8 @@ def _free(starts, points, radii, reach, stop_of, margin, parents, moved, left_ou
             continue
         hook = moved[parents[first]]
         end = _find_trunk(size, hook, reach[hook], stop_of[hook], parents, moved, left_out, trunk)
-        stop = min(stop_of[first], first + 2 * reach[hook])
+        stop = first + 2 * reach[hook]
+        stop = stop if stop < stop_of[first] else stop_of[first]
         row = first
         while row < stop and not _is_free(row, points, radii, trunk, size, end, margin):
             row += 1
@@ -159,7 +160,8 @@ def _find_trunk(size, hook, reach, stop, parents, moved, left_out, trunk):
         if row < 0:
             break
         row = moved[row]
-    for row in range(hook + 1, min(stop, hook + reach + 1)):
+    last = hook + reach + 1
+    for row in range(hook + 1, stop if stop < last else last):
         if not left_out[row]:
             trunk[size] = row
             size += 1
@@ -217,7 +219,11 @@ def _choose(  # noqa: C901 (each function more takes numba a tenth of a second)
                         if away < room * room:
                             expected = radii[trunk[other]] - np.sqrt(away)
                 deep = _depth_at(z / step[0], y / step[1], x / step[2], linear, shape, neighbours, depth)
-                excess = min(max((deep - expected) / finest - _DEPTH_EXCESS, _LEAST_EXCESS), _MOST_EXCESS)
+                excess = (deep - expected) / finest - _DEPTH_EXCESS
+                if excess < _LEAST_EXCESS:
+                    excess = _LEAST_EXCESS
+                elif excess > _MOST_EXCESS:
+                    excess = _MOST_EXCESS
                 total += excess * excess / (2 * _DEPTH_STEPS * _DEPTH_STEPS * _SAMPLES)
             if total < least:
                 best[n], least = k, total
@@ -227,10 +233,10 @@ def _choose(  # noqa: C901 (each function more takes numba a tenth of a second)
 @inlined
 def _depth_at(z, y, x, linear, shape, neighbours, depth):
     """Depth at a point in voxels, interpolated; 0 out of the foreground, and beyond the volume as at its border."""
-    z = min(max(z, 0.0), shape[0] - 1.0)
-    y = min(max(y, 0.0), shape[1] - 1.0)
-    x = min(max(x, 0.0), shape[2] - 1.0)
-    nz, ny, nx = int(z + 0.5), int(y + 0.5), int(x + 0.5)
+    z = 0.0 if z < 0 else z if z < shape[0] - 1 else shape[0] - 1.0
+    y = 0.0 if y < 0 else y if y < shape[1] - 1 else shape[1] - 1.0
+    x = 0.0 if x < 0 else x if x < shape[2] - 1 else shape[2] - 1.0
+    nz, ny, nx = np.int64(z + 0.5), np.int64(y + 0.5), np.int64(x + 0.5)
     place = (nz * shape[1] + ny) * shape[2] + nx
     low, high = 0, linear.shape[0] - 1
     while low < high:

@@ -1,7 +1,7 @@
 """Loops over sparse voxels and their neighbours, compiled by numba once and cached.
 
-Plain loops over arrays that the callers allocate, few of them called from Python, no powers and no tuples inside: what
-else numba offers makes the first call wait for seconds.
+Plain loops over arrays that the callers allocate, few of them called from Python, no powers, tuples, `min` or `max`
+inside: what else numba offers makes the first call wait for seconds.
 `neighbours` (N, 26) holds the row of each neighbour or -1, opposite columns add up to 25; `index` (N, 3) the voxel's
 place; `step` (3,) the size of a voxel.
 """
@@ -11,8 +11,9 @@ from numba import njit
 
 OFFSETS = np.array([(z, y, x) for z in (-1, 0, 1) for y in (-1, 0, 1) for x in (-1, 0, 1) if (z, y, x) != (0, 0, 0)])
 FORWARD = np.array((21, 15, 13))  # columns of the next voxel along z, y, x
-compiled = njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True)
-inlined = njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True)
+# Nothing here allocates: without numba's counting of references the first call waits a tenth less.
+_quick = {"cache": True, "nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True, "_nrt": False}
+compiled, inlined = njit(**_quick), njit(**_quick, no_cpython_wrapper=True)
 _row = np.uint64  # numba asks of every signed index whether it counts from the end
 
 
