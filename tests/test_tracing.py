@@ -269,11 +269,12 @@ def test_a_gap_is_left_open_when_it_is_longer_than_allowed_and_forest_keeps_both
     np.testing.assert_array_equal(both.points[: len(tree)], tree.points)
 
 
-@pytest.mark.parametrize("max_gap, trees", [(7.8, 1), (7.4, 2)])
-def test_a_gap_may_be_half_a_voxel_longer_than_allowed(max_gap, trees):
+@pytest.mark.parametrize("gap", range(4, 12))
+def test_a_gap_may_be_half_a_voxel_longer_than_allowed(gap):
     mask = paint(polyline([(14, 20, 12), (14, 20, 90)], 3.0), (29, 45, 100))
-    mask[:, :, 41:49] = False
-    assert trace(Volume(mask), max_gap_um=max_gap, forest=True).num_roots == trees
+    mask[:, :, 41 : 41 + gap] = False
+    trees = [trace(Volume(mask), max_gap_um=gap - less, forest=True).num_roots for less in (0.3, 0.7)]
+    assert trees == [1, 2]
 
 
 def test_by_default_ten_voxels_of_the_plane_are_bridged_however_coarse_the_slices_are():
@@ -408,9 +409,32 @@ def test_a_join_follows_the_faint_bridge_and_reports_its_probability():
     assert np.abs(tree.points - (8, 16.5, 30)).max(1).min() < 2
 
 
-def test_neurites_side_by_side_are_not_joined_across():
-    a, b = polyline([(8, 12, 6), (8, 12, 54)], 2.0), polyline([(8, 24, 6), (8, 24, 54)], 2.0)
+@pytest.mark.parametrize("aside", [4, 6, 12])
+@pytest.mark.parametrize("further", [0, 4, 8])
+def test_neurites_side_by_side_are_not_joined_across_wherever_they_end(aside, further):
+    """All their ends look the same way, and none at another."""
+    a, b = polyline([(8, 12, 6), (8, 12, 46)], 1.5), polyline([(8, 12 + aside, 6), (8, 12 + aside, 46 + further)], 1.5)
     assert trace(Volume(paint(together(a, b), (16, 36, 60))), forest=True).num_roots == 2
+
+
+@pytest.mark.parametrize("beyond", [[(8, 18, 54), (8, 18, 84)], [(8, 18, 44), (8, 46, 44)], [(8, 18, 53), (8, 46, 47)]])
+def test_a_neurite_goes_on_beside_its_end_and_round_a_corner(beyond):
+    mask = paint(together(polyline([(8, 12, 6), (8, 12, 46)], 1.5), polyline(beyond, 1.5)), (16, 60, 90))
+    assert trace(Volume(mask), forest=True).num_roots == 1
+
+
+@pytest.mark.parametrize("radii", [(4.0, 1.5), (1.5, 4.0)])
+def test_a_bridge_tapers_from_one_end_to_the_other(radii):
+    ends = [(8, 40), (54, 84)]
+    sides = [polyline([(10, 30, a), (10, 30, b)], r) for (a, b), r in zip(ends, radii, strict=True)]
+    tree, (join,) = trace_with_review(Volume(paint(together(*sides), (20, 60, 90))))
+    assert join.kind == "join"
+    along = np.argsort(tree.points[:, 2])
+    between = tree.radii[along][(tree.points[along, 2] > 44) & (tree.points[along, 2] < 52)]
+    steps = np.diff(between) * (1 if radii[1] > radii[0] else -1)
+    assert len(steps) > 3
+    assert (steps > 0).all()
+    assert max(steps) < 0.7
 
 
 def test_a_bump_is_no_branch_and_min_branch_um_prunes_longer_ones():

@@ -12,10 +12,10 @@ from vit3d.tree import NeuronTree
 from vit3d.volume import Volume
 
 _TURN = 2.0  # a gap met at a right angle counts as (1 + _TURN) times its length
-_MIN_COSINE = 0.3  # no fragment turns more than this (72 degrees) across a gap ...
-_BLIND_STEPS = 2.0  # ... unless the gap is so short that voxels say nothing about directions
+_MIN_COSINE = 0.3  # no fragment turns more than this (72 degrees) across a gap
 _AIM_STEPS = 6.0  # in-plane voxels behind a tip that give its direction
 _SLACK_STEPS = 0.5  # where a gap ends is known to half a voxel
+_LOOKS = 8  # per voxel of a gap: its length must be measured finer than it is known
 _MOST_STRETCHED = 3.0  # blur along a coarse axis: a tip lies so many radii from where its neurite ends there
 _TRUST = 1.5  # a fragment bridges no gap longer than its own extent times this
 
@@ -111,11 +111,9 @@ def _candidates(forest, fragment, volume, level, step, max_gap) -> list[Join]:
             outward[near].any(1), -np.einsum("ij,ij->i", across, outward[near]) / np.maximum(length, 1e-9), 1.0
         )
         seen, gap_in_volume = _between(forest.points[tip], forest.points[near], volume, level, step)
-        blind = gap <= _BLIND_STEPS * step.min()
         cost = gap * (1 + _TURN * (1 - ahead) + _TURN * (1 - facing) / 2) * (1.2 - seen)
-        allowed = (gap_in_volume <= max_gap + _SLACK_STEPS * step.min()) & (
-            blind | ((ahead > _MIN_COSINE) & (facing > -_MIN_COSINE))
-        )
+        allowed = gap_in_volume <= max_gap + _SLACK_STEPS * step.min()
+        allowed &= (ahead > _MIN_COSINE) & (facing > -_MIN_COSINE)
         allowed &= gap <= _TRUST * np.minimum(extent[fragment[near]], extent[fragment[tip]])
         for other in np.unique(fragment[near[allowed]]):
             rows = np.flatnonzero(allowed & (fragment[near] == other))
@@ -168,7 +166,7 @@ def _between(start, ends, volume, level, step) -> tuple[np.ndarray, np.ndarray]:
     """Of the straight lines from `start` (3,) to `ends` (N, 3): (N,) the mean probability on their middle part, and how
     much of their length is no foreground."""
     length = np.linalg.norm(ends - start, axis=1)
-    count = max(8, math.ceil(2 * length.max() / step.min()))
+    count = max(8, math.ceil(_LOOKS * length.max() / step.min()))
     fraction = (np.arange(count) + 0.5) / count
     points = start + fraction[None, :, None] * (ends[:, None] - start)
     index = np.clip(np.rint(points / step).astype(int), 0, np.array(volume.shape) - 1)
