@@ -35,7 +35,7 @@ from skimage.morphology import skeletonize
 
 from vit3d.annotations.gold import align_gold
 from vit3d.centerlines.foreground import find_foreground
-from vit3d.centerlines.level import find_level
+from vit3d.centerlines.threshold import find_threshold
 from vit3d.morphometry import branches, path_lengths, resample
 from vit3d.scoring import score_trees
 from vit3d.simulate import Style, grow
@@ -215,7 +215,7 @@ def scan_seconds(mask: np.ndarray) -> float:
     """CPU seconds that a box of this shape costs `trace` when it holds a single foreground voxel."""
     empty = np.full_like(mask, 0)  # filled, so that its pages are real memory
     empty.flat[0] = 1
-    return timed(lambda: find_foreground(*find_level(Volume(empty))), 3600)[2]
+    return timed(lambda: find_foreground(*find_threshold(Volume(empty))), 3600)[2]
 
 
 def memory_bytes(tool: Tool, mask: np.ndarray) -> int:

@@ -8,11 +8,11 @@ import pytest
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-from vit3d.centerlines import level as level_module
+from vit3d.centerlines import threshold as threshold_module
 from vit3d.centerlines.foreground import find_foreground
 from vit3d.centerlines.junctions import _depth_at
-from vit3d.centerlines.level import find_level, intensity_threshold, seems_labels, smoothed
 from vit3d.centerlines.prominence import light_of_its_own, most_prominent_part
+from vit3d.centerlines.threshold import find_threshold, intensity_threshold, seems_labels, smoothed
 from vit3d.formats.lazy_voxels import LazyVoxels
 from vit3d.model.intensity_vit3d import IntensityStatistics
 from vit3d.morphometry import measure
@@ -344,8 +344,8 @@ def test_what_a_mask_blanks_of_a_stack_of_two_values_is_ground(low, high, dtype)
     voxels = np.where(paint(helix(), (24, 48, 72)), high, low).astype(dtype)
     inside = np.ones(voxels.shape, bool)
     inside[:, :, 50:] = False
-    blurred, level = find_level(Volume(voxels))
-    blanked = find_foreground(masked(blurred, inside, level.dark), level)
+    blurred, threshold = find_threshold(Volume(voxels))
+    blanked = find_foreground(masked(blurred, inside, threshold.dark), threshold)
     assert len(blanked) == np.count_nonzero((voxels == high) & inside)
 
 
@@ -483,8 +483,8 @@ def test_clumped_salt_in_a_larger_box_leaves_no_tree_of_its_own_and_a_small_frag
 
 
 def test_an_intensity_on_disk_is_traced_slab_by_slab_as_in_memory(monkeypatch):
-    monkeypatch.setattr(level_module, "_PIECE", (8, 64, 80))
-    monkeypatch.setattr(level_module, "_SAMPLE_VOXELS", 1 << 14)
+    monkeypatch.setattr(threshold_module, "_PIECE", (8, 64, 80))
+    monkeypatch.setattr(threshold_module, "_SAMPLE_VOXELS", 1 << 14)
     rng = np.random.default_rng(0)
     mask = np.pad(paint(y_tree(), (32, 64, 80)), ((8, 40), (0, 0), (0, 0)))
     voxels = rng.poisson(3.0 + 60 * mask).astype(np.uint8)
@@ -556,7 +556,7 @@ def _cell(bumps: int = 0) -> tuple[np.ndarray, np.ndarray, float]:
 def test_what_neuron_encloses_on_all_sides_is_neuron(seed):
     rng = np.random.default_rng(seed)
     mask = ndimage.gaussian_filter(rng.random(rng.integers(4, 24, 3)), 0.7) > 0.46
-    found = find_foreground(*find_level(Volume(mask)))
+    found = find_foreground(*find_threshold(Volume(mask)))
     filled = np.zeros(mask.shape, bool)
     filled[tuple(found.points.astype(int).T)] = True
     assert (filled == ndimage.binary_fill_holes(mask)).all()
@@ -566,7 +566,7 @@ def test_what_neuron_encloses_on_all_sides_is_neuron(seed):
 @pytest.mark.parametrize(("wide", "filled"), [(32, True), (33, False)])
 def test_what_neuron_encloses_may_be_32_voxels_wide(wide, filled):
     mask = np.pad(np.zeros((wide, wide, wide), bool), 1, constant_values=True)
-    found = find_foreground(*find_level(Volume(np.pad(mask, 2))))
+    found = find_foreground(*find_threshold(Volume(np.pad(mask, 2))))
     assert len(found) == (mask.size if filled else mask.sum())
 
 
@@ -574,7 +574,7 @@ def test_what_neuron_encloses_counts_as_sure_as_what_is_around_it():
     voxels = np.zeros((9, 9, 9), np.float32)
     voxels[1:8, 1:8, 1:8] = 0.8
     voxels[3:6, 3:6, 3:6] = 0.1
-    found = find_foreground(*find_level(Volume(voxels)))
+    found = find_foreground(*find_threshold(Volume(voxels)))
     assert len(found) == 7**3
     np.testing.assert_allclose(found.probability, 0.8)
 
@@ -880,7 +880,7 @@ def test_depth_is_the_exact_distance_to_background():
     mask = paint(y_tree(), (32, 64, 80))
     mask[10:26, 20:44, 20:44] = True
     volume = Volume(mask, spacing_um)
-    foreground = find_foreground(*find_level(volume))
+    foreground = find_foreground(*find_threshold(volume))
     object.__setattr__(foreground, "round_step", foreground.step)
     exact = distance_transform_edt(mask, spacing_um)
     rows = np.rint(foreground.points / spacing_um).astype(int)
@@ -890,7 +890,7 @@ def test_depth_is_the_exact_distance_to_background():
 def test_a_point_beyond_the_stack_lies_in_no_voxel():
     mask = np.zeros((6, 7, 8), np.uint8)
     mask[:, 3] = mask[3] = 1
-    found = find_foreground(*find_level(Volume(mask)))
+    found = find_foreground(*find_threshold(Volume(mask)))
     assert (found.nearest(np.array([(0, 3, 7), (5, 3, 0), (3, 0, 4), (3.4, 6.4, 4)])) >= 0).all()
     beyond = np.array([(-1, 3, 4), (6, 3, 4), (3, -1, 4), (3, 7, 4), (3, 3, -1), (3, 3, 8), (2, 3, 8), (3, 5, 8)])
     assert set(found.nearest(beyond)) == {-1}
@@ -902,14 +902,14 @@ def test_voxels_are_never_taken_for_longer_than_they_are_nor_for_shorter_than_th
     mask = np.zeros((24, 40, 60), np.uint8)
     mask[(slice(10, 11), slice(15, 25))] = flat_axis == 0
     mask[(slice(4, 20), slice(20, 21))] |= flat_axis == 1
-    found = find_foreground(*find_level(Volume(mask, (3.0, 1.0, 1.0))))
+    found = find_foreground(*find_threshold(Volume(mask, (3.0, 1.0, 1.0))))
     assert (found.round_step <= found.step).all()
     assert (found.round_step >= 1).all()
 
 
 def test_depth_between_voxels_is_interpolated_and_0_out_of_the_foreground():
     mask = ndimage.gaussian_filter(np.random.default_rng(0).random((12, 16, 20)), 1.5) > 0.5
-    found = find_foreground(*find_level(Volume(mask.astype(np.uint8))))
+    found = find_foreground(*find_threshold(Volume(mask.astype(np.uint8))))
     dense = np.zeros(found.shape, np.float32)
     dense[tuple(found.index.T)] = found.depth
     last = np.array(dense.shape) - 1

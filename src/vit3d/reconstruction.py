@@ -10,8 +10,8 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from .centerlines.level import LIKELY, find_level
 from .centerlines.prominence import light_of_its_own
+from .centerlines.threshold import LIKELY, find_threshold
 from .formats.lazy_voxels import ChangedVoxels, LazyVoxels, VoxelsWithin, pieces
 from .model.intensity_vit3d import fill_level
 from .regridding import as_trained, on_grid_of
@@ -181,10 +181,10 @@ def trace_part(
     if mask is not None:
         check_mask(mask, volume)  # before the long part
     volume = inverted(volume) if dark else volume
-    part, level = find_level(within(volume, box), threshold)
+    part, threshold = find_threshold(within(volume, box), threshold)
     if mask is not None:
-        part = masked(part, within(Volume(mask), box).voxels, level.dark)
-    tree, reviews = trace_with_review(part, threshold=level, **tracing)
+        part = masked(part, within(Volume(mask), box).voxels, threshold.dark)
+    tree, reviews = trace_with_review(part, threshold=threshold, **tracing)
     return place(tree, box), placed_reviews(reviews, tree, box)
 
 

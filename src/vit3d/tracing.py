@@ -9,10 +9,10 @@ import numpy as np
 
 from vit3d.centerlines.foreground import Foreground, find_foreground, voxel_of
 from vit3d.centerlines.joining import join_fragments
-from vit3d.centerlines.level import Level, find_level
 from vit3d.centerlines.prominence import most_prominent_part
 from vit3d.centerlines.skeleton import skeletonize
 from vit3d.centerlines.soma import with_hub, with_soma
+from vit3d.centerlines.threshold import Threshold, find_threshold
 from vit3d.morphometry import resample
 from vit3d.tree import SOMA, NeuronTree, follow
 from vit3d.volume import Volume, refuse_other_than_volume
@@ -85,7 +85,7 @@ def trace(
 def trace_with_review(  # noqa: PLR0913 (those of `trace`, and one)
     volume: Volume,
     *,
-    threshold: float | str | Level = "auto",
+    threshold: float | str | Threshold = "auto",
     root: tuple[float, float, float] | None = None,
     min_branch_um: float | None = None,
     max_gap_um: float | None = None,
@@ -104,16 +104,16 @@ def trace_with_review(  # noqa: PLR0913 (those of `trace`, and one)
     check_lengths(min_branch_um=min_branch_um, max_gap_um=max_gap_um, step_um=step_um)
     _check_root(volume, root)
     unit = "um" if volume.spacing_um else "voxel"
-    volume, level = find_level(volume, threshold)
-    foreground = find_foreground(volume, level)
+    volume, threshold = find_threshold(volume, threshold)
+    foreground = find_foreground(volume, threshold)
     if not len(foreground):
-        warnings.warn(f"No voxel lies above the threshold {level.threshold:g}: the tree is empty.", stacklevel=3)
+        warnings.warn(f"No voxel lies above the threshold {threshold.value:g}: the tree is empty.", stacklevel=3)
         return NeuronTree.empty(unit, volume.spacing_um), []
     foreground = _without_dust(foreground, min_voxels)
     finest, step = voxel_of(volume)  # all that is chosen by length is chosen in units of the finest axis
     tree = skeletonize(foreground, (min_branch_um or 0.0) / finest)
     gap = _GAP_VOXELS * step[1:].min() if max_gap_um is None else max_gap_um / finest
-    tree, bridges = join_fragments(tree, volume, level, step, gap)
+    tree, bridges = join_fragments(tree, volume, threshold, step, gap)
     whole = tree = replace(tree.scaled(finest), unit=unit, spacing_um=volume.spacing_um)
     tree, bridges, rows = _neuron(whole, bridges, root, forest, light)
     left_out = _left_out(whole, rows)

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from vit3d.centerlines.level import Level, slabs
+from vit3d.centerlines.threshold import Threshold, slabs
 from vit3d.centerlines.voxel_graph import FORWARD, OFFSETS, distance_to_background, link_voxels
 from vit3d.volume import Volume
 
@@ -241,26 +241,26 @@ def voxel_of(volume: Volume) -> tuple[float, np.ndarray]:
     return float(step.min()), np.round(step / step.min(), 9)
 
 
-def find_foreground(volume: Volume, level: Level) -> Foreground:
-    """The voxels above the level, in one linear scan. Raises ValueError where that is all of the volume."""
-    linear, values = _scan(volume.voxels, level.threshold)
+def find_foreground(volume: Volume, threshold: Threshold) -> Foreground:
+    """The voxels above the threshold, in one linear scan. Raises ValueError where that is all of the volume."""
+    linear, values = _scan(volume.voxels, threshold.value)
     if len(linear) == math.prod(volume.shape):
         raise ValueError(
-            f"All of the volume (fraction 1.0) lies above the threshold {level.threshold:g}: "
+            f"All of the volume (fraction 1.0) lies above the threshold {threshold.value:g}: "
             "give a mask or probability with background, or a higher threshold."
         )
     if not len(linear):
         return Foreground(linear, values, volume.shape, np.ones(3), np.arange(3), np.zeros(3, bool))
-    foreground = Foreground.posed(linear, level.probability(values), volume).without_cavities()
+    foreground = Foreground.posed(linear, threshold.probability(values), volume).without_cavities()
     if len(foreground) == math.prod(volume.shape):
         raise ValueError(
-            f"All of the volume lies above the threshold {level.threshold:g}, or is enclosed by what does: "
+            f"All of the volume lies above the threshold {threshold.value:g}, or is enclosed by what does: "
             "the mask, or the stack, seems inverted (--polarity dark)."
         )
     if len(linear) > math.prod(volume.shape) / 2:
         share = f"{len(linear) / math.prod(volume.shape):.0%}"
         warnings.warn(
-            f"{share} of the volume lies above the threshold {level.threshold:g}: is the mask, or the stack, inverted?",
+            f"{share} of the volume lies above the threshold {threshold.value:g}: is the mask, or the stack, inverted?",
             stacklevel=4,
         )
     return foreground

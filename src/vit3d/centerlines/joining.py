@@ -7,7 +7,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
 from scipy.spatial import cKDTree
 
-from vit3d.centerlines.level import Level
+from vit3d.centerlines.threshold import Threshold
 from vit3d.tree import NeuronTree
 from vit3d.volume import Volume
 
@@ -29,7 +29,7 @@ class Join:
 
 
 def join_fragments(
-    forest: NeuronTree, volume: Volume, level: Level, step: np.ndarray, max_gap: float
+    forest: NeuronTree, volume: Volume, threshold: Threshold, step: np.ndarray, max_gap: float
 ) -> tuple[NeuronTree, list[np.ndarray]]:
     """One root per connected neuron: fragments joined, cheapest gap first, and the rows of each bridge, ends included.
 
@@ -38,7 +38,7 @@ def join_fragments(
     of the surfaces, times what it turns, less what the volume shows of it.
     """
     fragment = forest.root_of
-    joins = _candidates(forest, fragment, volume, level, step, max_gap)
+    joins = _candidates(forest, fragment, volume, threshold, step, max_gap)
     group = np.arange(len(forest))
     parents, routes, bridges, used = forest.parents.tolist(), [], [], set()
     for join in joins:
@@ -47,7 +47,7 @@ def join_fragments(
             continue
         group[ends[0]] = ends[1]
         used |= {join.tip, join.target}
-        routes.append(_route(forest, join, volume, level.probability, step))
+        routes.append(_route(forest, join, volume, threshold.probability, step))
         bridge = [join.target, *range(len(parents), len(parents) + len(routes[-1])), join.tip]
         parents += bridge[:-2]
         _hang(parents, join.tip, bridge[-2])
@@ -82,7 +82,7 @@ def _find(group: np.ndarray, row: int) -> int:
     return row
 
 
-def _candidates(forest, fragment, volume, level, step, max_gap) -> list[Join]:
+def _candidates(forest, fragment, volume, threshold, step, max_gap) -> list[Join]:
     """Every plausible join, cheapest first: for each tip the best node of each other fragment."""
     if max_gap <= 0 or (fragment == fragment[0]).all():
         return []
@@ -110,7 +110,7 @@ def _candidates(forest, fragment, volume, level, step, max_gap) -> list[Join]:
         facing = np.where(
             outward[near].any(1), -np.einsum("ij,ij->i", across, outward[near]) / np.maximum(length, 1e-9), 1.0
         )
-        seen, gap_in_volume = _between(forest.points[tip], forest.points[near], volume, level, step)
+        seen, gap_in_volume = _between(forest.points[tip], forest.points[near], volume, threshold, step)
         cost = gap * (1 + _TURN * (1 - ahead) + _TURN * (1 - facing) / 2) * (1.2 - seen)
         allowed = gap_in_volume <= max_gap + _SLACK_STEPS * step.min()
         allowed &= (ahead > _MIN_COSINE) & (facing > -_MIN_COSINE)
@@ -162,7 +162,7 @@ def _extents(forest: NeuronTree, fragment: np.ndarray) -> np.ndarray:
     return cable + 2 * thickest
 
 
-def _between(start, ends, volume, level, step) -> tuple[np.ndarray, np.ndarray]:
+def _between(start, ends, volume, threshold, step) -> tuple[np.ndarray, np.ndarray]:
     """Of the straight lines from `start` (3,) to `ends` (N, 3): (N,) the mean probability on their middle part, and how
     much of their length is no foreground."""
     length = np.linalg.norm(ends - start, axis=1)
@@ -174,7 +174,7 @@ def _between(start, ends, volume, level, step) -> tuple[np.ndarray, np.ndarray]:
     box = np.asarray(volume.voxels[tuple(slice(a, b) for a, b in zip(low, high, strict=True))])
     values = box[tuple(np.moveaxis(index - low, -1, 0))]
     middle = np.abs(fraction - 0.5) < 0.4
-    return level.probability(values[:, middle]).mean(1), length * (values <= level.threshold).mean(1)
+    return threshold.probability(values[:, middle]).mean(1), length * (values <= threshold.value).mean(1)
 
 
 def _route(forest: NeuronTree, join: Join, volume, probability, step) -> np.ndarray:

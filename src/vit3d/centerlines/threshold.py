@@ -1,4 +1,4 @@
-"""The level above which a volume counts as neuron, and what a voxel's value says about being one."""
+"""The threshold above which a volume counts as neuron, and what a voxel's value says about being one."""
 
 import math
 import warnings
@@ -31,47 +31,47 @@ _SEEMS_LABELS = (
 
 
 @dataclass(frozen=True)
-class Level:
-    """What counts as foreground: voxels above `threshold`; and what a voxel's value says about being neuron."""
+class Threshold:
+    """What counts as foreground: voxels above `value`; and what a voxel's value says about being neuron."""
 
-    threshold: float
+    value: float
     is_probability: bool
     dark: float = 0.0  # intensities count from here: below 0 where a stack goes there
     is_mask: bool = False  # of two values: all that lies above is sure
 
     def probability(self, values: np.ndarray) -> np.ndarray:
-        """float32 in [0, 1]: the value itself, or i / (i + threshold) of an intensity i."""
+        """float32 in [0, 1]: the value itself, or i / (i + value) of an intensity i."""
         values = np.asarray(values, np.float32)
         if self.is_probability:
             return np.clip(values, 0, 1)
         if self.is_mask:
-            return (values > self.threshold).astype(np.float32)
+            return (values > self.value).astype(np.float32)
         values = np.maximum(values - np.float32(self.dark), 0)
-        half = max(np.float32(self.threshold - self.dark), np.finfo(np.float32).tiny)  # above nothing all are sure
+        half = max(np.float32(self.value - self.dark), np.finfo(np.float32).tiny)  # above nothing all are sure
         return values / (values + half)
 
 
-def find_level(volume: Volume, threshold: float | str | Level = "auto") -> tuple[Volume, Level]:
-    """What counts as foreground for a `threshold`, and the volume, smoothed where the level is found in grey levels.
+def find_threshold(volume: Volume, threshold: float | str | Threshold = "auto") -> tuple[Volume, Threshold]:
+    """What counts as foreground for a `threshold`, and the volume, smoothed where it is found in grey levels.
 
     "auto": 0.5 of a probability (all in [0, 1], up to rounding), halfway in a mask, else found; "intensity": found; a
-    level stays. Whoever blanks part of a volume finds the level before. ValueError: as `check_finite`.
+    `Threshold` stays. Whoever blanks part of a volume finds it before. ValueError: as `check_finite`.
     """
-    if isinstance(threshold, Level):
+    if isinstance(threshold, Threshold):
         return volume, threshold
     low, high, seems_intensity = _survey(volume.voxels)
     is_probability = low >= -_ROUNDING and high <= 1 + _ROUNDING and threshold != "intensity"
     if threshold not in ("auto", "intensity"):
-        return volume, Level(float(threshold), is_probability, min(low, 0.0))
+        return volume, Threshold(float(threshold), is_probability, min(low, 0.0))
     if is_probability:
         if seems_intensity:
             warnings.warn(_SEEMS_INTENSITY, stacklevel=4)
-        return volume, Level(LIKELY, True)
+        return volume, Threshold(LIKELY, True)
     if threshold == "auto" and seems_labels(volume.voxels):
         warnings.warn(_SEEMS_LABELS, stacklevel=4)
     blurred = smoothed(volume)
     found = intensity_threshold(blurred.voxels)
-    return blurred, Level(found, False, min(low, 0.0), is_mask=blurred is volume)
+    return blurred, Threshold(found, False, min(low, 0.0), is_mask=blurred is volume)
 
 
 class _Smoothed(LazyVoxels):
@@ -105,7 +105,7 @@ def smoothed(volume: Volume) -> Volume:
 
 
 def intensity_threshold(voxels: np.ndarray) -> float:
-    """A level halfway, in log intensity, between the background's noise and the neurites' brightness.
+    """Halfway, in log intensity, between the background's noise and the neurites' brightness.
 
     Noise is floored at one grey level (stacks with a cleaned background have a median and MAD of 0); brightness is
     the 90th percentile of what lies above the noise. A mask of 0 and one other value gets half that value. Read off
