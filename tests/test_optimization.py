@@ -3,10 +3,12 @@
 from dataclasses import replace
 
 import pytest
+import torch
+from torch.optim.swa_utils import AveragedModel
 
 from runs import SIZES, WINDOW
 from vit3d import ViT3DConfig, ViT3DForNeuronSegmentation
-from vit3d.learning.optimization import freeze, optimizer_and_schedule, parameter_groups
+from vit3d.learning.optimization import averaging, freeze, optimizer_and_schedule, parameter_groups
 from vit3d.learning.training_config import TrainingConfig
 
 CONFIG = TrainingConfig("", "", "", encoder_rate=1e-4, head_rate=1e-3, max_steps=20, warmup_steps=4)
@@ -72,3 +74,32 @@ def test_the_rate_rises_and_falls_as_a_cosine(model):
     assert seen[12] == pytest.approx(0.5e-3)  # half way down
     assert seen[5:] == sorted(seen[5:], reverse=True)
     assert schedule.get_last_lr()[-1] == pytest.approx(0)
+
+
+def test_in_a_short_run_too_the_rate_has_time_to_fall(model):
+    optimizer, schedule = optimizer_and_schedule(model, replace(CONFIG, warmup_steps=100))
+    seen = []
+    for _ in range(20):
+        seen.append(schedule.get_last_lr()[-1])
+        optimizer.step()
+        schedule.step()
+    assert seen.index(max(seen)) == 5
+    assert max(seen) == pytest.approx(CONFIG.head_rate)
+
+
+@pytest.mark.parametrize("steps, decay", [(40, 0.995), (2000, 0.995), (40, 0.5)])
+def test_an_average_forgets_where_it_began_and_is_then_as_long_as_asked(steps, decay):
+    """The weight is 1 at first and 0 from then on: what is left of 1 is the beginning's share."""
+    weight = torch.nn.Linear(1, 1, bias=False)
+    average = AveragedModel(weight, multi_avg_fn=averaging(decay))
+    kept = []
+    for step in range(steps):
+        weight.weight.data.fill_(1.0 if step == 0 else 0.0)
+        average.update_parameters(weight)
+        kept.append(average.module.weight.item())
+    assert kept[0] == 1
+    assert kept[-1] < 1e-3
+    weight.weight.data.fill_(1.0)
+    average.update_parameters(weight)
+    latest = min(decay, (1 + steps) / (10 + steps))
+    assert average.module.weight.item() == pytest.approx(1 - latest, abs=1e-3)

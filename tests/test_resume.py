@@ -154,8 +154,10 @@ def test_resuming_a_folder_without_a_run_begins_one(base, whole, tmp_path):
 def test_resuming_a_finished_run_changes_nothing(base, whole, tmp_path):
     out = shutil.copytree(whole, tmp_path / "finished")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}, losses(out)
+    (out / ".volumes" / "crops").mkdir(parents=True)  # stopped after its last step, before it cleared away
     train(replace(base, out=str(out)), resume=True)
     assert before == ({path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}, losses(out))
+    assert not (out / ".volumes").exists()
 
 
 def test_what_a_kill_leaves_half_written_is_not_read(config, whole):

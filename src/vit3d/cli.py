@@ -610,7 +610,9 @@ def train(
     encoder_rate: Annotated[float, typer.Option(help="Peak learning rate of inherited weights.")] = 1e-4,
     head_rate: Annotated[float, typer.Option(help="Peak learning rate of new weights.")] = 1e-3,
     layer_decay: Annotated[float, typer.Option(help="Factor of the rate from a layer to the one below; 1 is off.")] = 1,
-    warmup_steps: Annotated[int, typer.Option(help="Steps over which rates rise; then they fall as a cosine.")] = 100,
+    warmup_steps: Annotated[
+        int, typer.Option(help="Steps over which rates rise, a quarter of all at most; then they fall as a cosine.")
+    ] = 100,
     ema_decay: Annotated[
         float, typer.Option(help="Decay of the moving average of the weights, which is what is saved; 0 turns it off.")
     ] = 0.995,

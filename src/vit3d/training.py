@@ -17,7 +17,7 @@ from statistics import fmean
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 from transformers import AutoConfig
 
@@ -25,7 +25,7 @@ from .checkpoint import load_checkpoint, place_of, processor_of
 from .learning.cldice import soft_cldice_loss
 from .learning.consistency import disagreement
 from .learning.launching import num_workers, start_accelerator
-from .learning.optimization import freeze, optimizer_and_schedule, parameter_groups
+from .learning.optimization import averaging, freeze, optimizer_and_schedule, parameter_groups
 from .learning.patches import CropDataset
 from .learning.run_folder import Log, RunFolder, copy_checkpoint, save
 from .learning.training_config import TrainingConfig
@@ -64,6 +64,8 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
     folder.refuse_unless_free(facts, resume)
     seen = folder.seen
     if folder.step == config.max_steps:  # it is finished
+        if accelerator.is_main_process:  # and may have been stopped before it cleared away
+            shutil.rmtree(folder.volumes, ignore_errors=True)
         return folder.best if config.validate else folder.last
     set_seed(config.seed)
     state = folder.newest_state
@@ -106,8 +108,8 @@ class TrainingRun:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.average = None
         if accelerator.distributed_type != DistributedType.FSDP:
-            decay = get_ema_multi_avg_fn(config.ema_decay)
-            self.average = AveragedModel(accelerator.unwrap_model(self.model), multi_avg_fn=decay)
+            model = accelerator.unwrap_model(self.model)
+            self.average = AveragedModel(model, multi_avg_fn=averaging(config.ema_decay))
         set_seed(config.seed, device_specific=True)
         if folder.newest_state:
             self._resume(folder.newest_state)

@@ -3,12 +3,14 @@
 import re
 
 import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import get_cosine_schedule_with_warmup
 
 from ..model.modeling_vit3d import ViT3DForNeuronSegmentation
 from .training_config import TrainingConfig
 
 _LAYER = re.compile(r"vit3d\.layers\.(\d+)\.")
+_LONGEST_WARMUP = 4  # one step in so many at most: the rate of a short run must have time to fall
 
 
 def parameter_groups(model: ViT3DForNeuronSegmentation, config: TrainingConfig) -> list[dict]:
@@ -54,6 +56,19 @@ def freeze(model: torch.nn.Module, prefixes: tuple[str, ...]) -> None:
 
 
 def optimizer_and_schedule(model: ViT3DForNeuronSegmentation, config: TrainingConfig):
-    """AdamW, and a rate that rises over `warmup_steps` and falls as a cosine to 0 at `max_steps`."""
+    """AdamW, and a rate that rises over `warmup_steps`, a quarter of the run at most, and falls as a cosine to 0 at
+    `max_steps`."""
     optimizer = torch.optim.AdamW(parameter_groups(model, config))
-    return optimizer, get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.max_steps)
+    warmup_steps = min(config.warmup_steps, config.max_steps // _LONGEST_WARMUP)
+    return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup_steps, config.max_steps)
+
+
+def averaging(decay: float):
+    """How `AveragedModel` takes in the weights of a step: with `decay`, but in the first steps with (1 + n) / (10 + n)
+    where that is less. The weights that a run began with would otherwise fill the average of a short one."""
+
+    def update(average: list[torch.Tensor], weights: list[torch.Tensor], steps) -> None:
+        now = min(decay, (1 + int(steps)) / (10 + int(steps)))
+        get_ema_multi_avg_fn(now)(average, weights, steps)
+
+    return update

@@ -28,7 +28,9 @@ class TrainingConfig:
     encoder_rate, head_rate: peak learning rates of what was inherited and of what is new. The encoder's rate
     falls by `layer_decay` from each layer to the one below it; 1.0 is one rate for all.
     frozen: parameters whose names begin with one of these do not learn.
-    ema_decay: of the average of the weights, which is what is kept and validated; 0.0 keeps the weights themselves.
+    warmup_steps: over which rates rise, a quarter of all steps at most; then they fall as a cosine.
+    ema_decay: of the average of the weights, which is what is kept and validated, less in the first steps
+    (`learning.optimization.averaging`); 0.0 keeps the weights themselves.
     cldice_weight: of the soft-clDice term (`vit3d.learning.cldice`), 0.0 leaves it out.
     consistency_weight: of how far two windows of one crop diverge where both see it (`vit3d.learning.consistency`); a
     crop then counts as one of `batch_size` and takes two windows. 0.0 cuts one.
