@@ -400,10 +400,67 @@ def test_a_box_lies_in_its_stack_and_around_its_point_where_there_is_room(at):
         assert part.start == 0 or part.stop == size or abs((part.start + part.stop) / 2 - where) <= 1
 
 
-def test_crops_for_other_loops_are_refined_to_the_spacing_of_the_data_they_are_of(config, data, tmp_path):
+def test_the_network_of_another_loop_is_told_the_spacing_of_what_it_learns_on(data, tmp_path):
     network, stated = ViT3DConfig(**SIZES, **WINDOW), (4.0, 2.0, 2.0)
-    crops = crop_dataset(data, network, 2, tmp_path, validate=("um",), spacing_um=stated)
-    assert (crops.config.training_spacing_um, network.training_spacing_um) == (stated, None)
+    crop_dataset(data, network, 2, tmp_path, validate=("um",), spacing_um=stated)
+    assert network.training_spacing_um == stated
+
+
+def test_crops_for_other_loops_heed_the_options_of_a_training(data, tmp_path):
+    network = ViT3DConfig(**SIZES, **WINDOW)
+    assert "places" in crop_dataset(data, network, 2, tmp_path, validate=("um",), consistency_weight=1.0)[0]
+    assert "places" not in crop_dataset(data, network, 2, tmp_path, validate=("um",), simulated_share=1.0)[0]
+
+
+def test_a_stack_coarser_than_the_others_is_learned_on_the_voxels_that_reconstruct_shows(config, tmp_path):
+    """Its SWC and its labels too: bright is what is labelled, and little else."""
+    coarse, tree = simulate_neuron(seed=1, shape=(16, 64, 64), spacing_um=(2.0, 0.66, 0.66))
+    write_volume(coarse, tmp_path / "traced.tif")
+    write_swc(tree, tmp_path / "traced.swc")
+    write_volume(coarse, tmp_path / "coded.tif")
+    codes = 1 + (training_labels(tree.to("voxel", coarse.spacing_um), coarse.shape) == 1)
+    write_volume(Volume(codes.astype(np.uint8), coarse.spacing_um), tmp_path / "coded_label.tif")
+    (coded, traced), _ = training_volumes(config, find_pairs(tmp_path), KNOWING, tmp_path / "store")
+    seen = as_trained(coarse, KNOWING)
+    for volume in (traced, coded):
+        assert volume.voxels.shape == volume.labels.shape == seen.shape != coarse.shape
+        np.testing.assert_array_equal(volume.voxels, seen.voxels[:])
+        neurite, ground = volume.voxels[volume.labels == 1].mean(), volume.voxels[volume.labels == 0].mean()
+        assert neurite > ground + 0.5 * volume.statistics.contrast
+    both = ((traced.labels == 1) & (coded.labels == 1)).sum()
+    assert both > 0.6 * (traced.labels == 1).sum()
+
+
+def test_neurons_of_one_stack_are_no_background_to_each_other(config, tmp_path):
+    """Nor does one whose SWC cannot be read keep the others from being learned."""
+    volume, tree = simulate_neuron(seed=3, shape=(12, 64, 72))
+    write_volume(volume, tmp_path / "cell.tif")
+    below = np.ones(len(tree))
+    for row in range(len(tree) - 1, 0, -1):
+        below[tree.parents[row]] += below[row]
+    first = np.arange(len(tree)) == np.abs(below - len(tree) / 2).argmin()  # cut in halves there
+    for row, parent in enumerate(tree.parents):
+        first[row] |= parent > 0 and first[parent]
+    for number, rows in enumerate((np.flatnonzero(first), np.flatnonzero(~first)), start=1):
+        write_swc(tree.take(rows), tmp_path / f"cell.tif.neuron{number}.ano_stamp_2015_01_01_10_10.swc")
+    parts = find_pairs(tmp_path)
+    (one, other), _ = training_volumes(config, parts, KNOWING, tmp_path / "store")
+    for mine, theirs in ((one, other), (other, one)):
+        assert (mine.labels == 1).sum() > 300
+        assert not ((mine.labels == 1) & (theirs.labels == 0)).any()
+    Path(parts[1]["swc"]).write_text("no tree")
+    with pytest.warns(UserWarning, match="Left out of training"):
+        (alone,), _ = training_volumes(config, parts, KNOWING, tmp_path / "store")
+    assert alone.name == one.name
+
+
+@pytest.mark.slow
+def test_simulated_neurons_are_bright_to_a_network_that_takes_stacks_for_dark(config, tmp_path):
+    asked, dark = replace(config, data="", simulated=2), ViT3DImageProcessor.from_config(CONFIG, polarity="dark")
+    for volume in training_volumes(asked, [], CONFIG, tmp_path / "store", dark)[0]:
+        values = dark.pixel_values(volume.voxels, volume.statistics)
+        assert values[volume.labels == 1].mean() > values[volume.labels == 0].mean() + 1
+    assert dark.polarity == "dark"
 
 
 # ------------------------------------------------------------ golds

@@ -1,8 +1,10 @@
 """What a network is trained on: pairs of stack and gold, made ready, and simulated neurons beside them."""
 
 import warnings
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,8 @@ from .training_config import TrainingConfig
 MIN_RADIUS_VOX = 1.5  # thinner than that a neurite has no inside for a network that paints patches
 THICKEST_VOX = 8.0  # radius to which a simulated neurite is labelled: its radii are true, unlike many golds'
 _SIMULATED_SEEDS = 10_000  # neurons of one training seed; nobody trains on the seeds below the first of them
-_SIMULATION = 4  # goes up when neurons are simulated, cut or labelled otherwise: what a store holds is then old
+_SIMULATION = 4  # goes up when neurons are simulated or cut otherwise: what a store holds is then old
+_LABELLING = 2  # the same, when golds are
 _LARGEST_SIMULATED = (128, 384, 384)  # voxels (z, y, x) kept of a simulated neuron: on finer ones all would fill a disk
 
 
@@ -112,16 +115,20 @@ def training_volumes(
 ) -> tuple[list[TrainingVolume], list[float]]:
     """Real and simulated volumes, memory-mapped from `store`, and the weight with which each is drawn.
 
-    Simulated ones lie on the grid on which `reconstruct` would show them to the network. One volume at a time is in
+    They lie on the grid on which `reconstruct` would show them to the network. One volume at a time is in
     memory, and what `store` already holds is not made again. A pair that cannot be read, or whose gold does not lie on
     its image, is left out, with a warning that says why; so are shifts reported. ValueError: no pair is left, or
     nothing at all.
     """
     volumes, left_out = [], []
     processor = processor or ViT3DImageProcessor.from_config(network)
+    seen = f"seen at {network.training_spacing_um}"
     for row in tqdm([row for row in rows if row["name"] not in config.validate], desc="read golds", disable=None):
+        others = [other for other in rows if other["image"] == row["image"] and other["swc"] and other != row]
+        key = f"{_key([row, *others], config)}, {processor.polarity}, {seen}"
         try:
-            volumes.append(prepared(store, _key(row, config), lambda row=row: _made_ready(row, config, processor)))
+            ready = partial(_made_ready, row, others, config, network, processor)
+            volumes.append(prepared(store, key, ready))
         except (ValueError, OSError) as error:
             left_out.append(annotation.said_of(row, error))
     if left_out and not volumes:
@@ -129,12 +136,12 @@ def training_volumes(
     if left_out:
         warnings.warn(f"Left out of training: {' '.join(left_out)}", stacklevel=2)
     warn_of_shifts({volume.name: volume.shift_vox for volume in volumes})
-    share = config.simulated_share if volumes else 1.0
+    share = config.simulated_share * (config.simulated > 0) if volumes else 1.0
     weights = [(1 - share) / max(1, len(volumes))] * len(volumes)
     for index in tqdm(range(config.simulated), desc="simulate", disable=None):
         seed = _SIMULATED_SEEDS * (config.seed + 1) + index
-        key = f"simulated {seed} ({_SIMULATION}), seen at {network.training_spacing_um}"
-        volumes.append(prepared(store, key, lambda seed=seed: _simulated(seed, network, processor)))
+        key = f"simulated {seed} ({_SIMULATION}, {_LABELLING}), {seen}"
+        volumes.append(prepared(store, key, partial(_simulated, seed, network, processor)))
         weights.append(share / config.simulated)
     if not volumes:
         raise ValueError("Nothing to train on: give --data a folder of pairs, or --simulated a number of neurons.")
@@ -144,15 +151,16 @@ def training_volumes(
 def crop_dataset(data: str | Path, network: ViT3DConfig, length: int, store: str | Path, **options) -> CropDataset:
     """`length` crops of a folder's neurons as `train` cuts them, for other people's loops: transformers' Trainer, PEFT.
 
-    store: folder in which the volumes lie while crops are cut. options: of `TrainingConfig`: seed, split_file,
-    validate (left out here), align, simulated (0 by default), ...
+    network: the config of the network that learns from them; it is told the spacing of what it learns on. store: folder
+    in which the volumes lie while crops are cut. options: of `TrainingConfig`: seed, split_file, validate (left out
+    here), align, simulated (0 by default), ...; with a `consistency_weight` crops are `paired`.
     """
     asked = TrainingConfig(str(data), "", "", **{"simulated": 0, **options})
     rows, asked = chosen_neurons(asked)
-    network = copy(network)
     tell_spacing(network, rows, asked)
     volumes, weights = training_volumes(asked, rows, network, Path(store))
-    return CropDataset(volumes, weights, ViT3DImageProcessor.from_config(network), length, asked.seed, network)
+    processor, paired = ViT3DImageProcessor.from_config(network), asked.consistency_weight > 0
+    return CropDataset(volumes, weights, processor, length, asked.seed, network, paired=paired)
 
 
 def warn_of_shifts(shifts: dict[str, tuple[float, ...]]) -> None:
@@ -192,15 +200,19 @@ def read_stack(row: dict, spacing_um=None) -> Volume:
     return replace(volume, voxels=np.asarray(volume.voxels))
 
 
-def _key(row: dict, config: TrainingConfig) -> str:
-    """All that a row's volume depends on: its files as they are now, the spacing, and how its gold is taken."""
-    facts = [fact for key in ("image", "swc", "label") if row[key] for fact in stamp(row[key])]
-    spacing_um = config.spacing_um or row.get("spacing_um")
-    return repr((row["name"], facts, row.get("channel"), spacing_um, config.align, config.keep_misplaced))
+def _key(rows: list[dict], config: TrainingConfig) -> str:
+    """All that the volume of the first row depends on, the others being of the same stack: files as they are now, the
+    spacing, and how golds are taken."""
+    facts = [fact for row in rows for file in _files(row) for fact in stamp(file)]
+    row, how = rows[0], (config.align, config.keep_misplaced, _LABELLING)
+    return repr((row["name"], facts, row.get("channel"), config.spacing_um or row.get("spacing_um"), *how))
 
 
 def _simulated(seed: int, network: ViT3DConfig, processor: ViT3DImageProcessor) -> TrainingVolume:
+    """Its polarity is its own, whatever the processor takes stacks for."""
     volume, tree = random_neuron(seed=seed)
+    processor = copy(processor)
+    processor.polarity = "auto"
     seen = as_trained(volume, network)
     tree = tree.to("voxel", seen.spacing_um)
     point = tree.points[np.random.default_rng([seed, 2]).integers(len(tree))]
@@ -223,15 +235,42 @@ def _part(name: str, volume: Volume, tree: NeuronTree, box, processor: ViT3DImag
     return TrainingVolume.prepare(name, voxels, labels, processor, statistics)
 
 
-def _made_ready(row: dict, config: TrainingConfig, processor: ViT3DImageProcessor) -> TrainingVolume:
+def _made_ready(
+    row: dict, others: list[dict], config: TrainingConfig, network: ViT3DConfig, processor: ViT3DImageProcessor
+) -> TrainingVolume:
+    """The volume of a row; what the golds of `others` cover, neurons of the same stack, is theirs to teach."""
     if not row["swc"]:
-        voxels = read_stack(row, config.spacing_um).voxels
-        return TrainingVolume.prepare(row["name"], voxels, annotation.read_labels(row, voxels.shape), processor)
+        volume = read_stack(row, config.spacing_um)
+        labels = annotation.read_labels(row, volume.shape)
+        seen = as_trained(volume, network)
+        return TrainingVolume.prepare(row["name"], np.asarray(seen.voxels), _labels_on(seen, volume, labels), processor)
     pair = read_pair(row, config.spacing_um, align=config.align, keep_misplaced=config.keep_misplaced)
-    shape = pair.volume.shape
-    if not radii_fit(pair.gold, shape):
+    seen = as_trained(pair.volume, network)
+    seen = replace(seen, voxels=np.asarray(seen.voxels))
+    gold = _tree_on(seen, pair.volume, pair.gold)
+    if not radii_fit(gold, seen.shape):
         warnings.warn(f"{row['name']}: by its radii the gold fills its stack; they are not used.", stacklevel=2)
-    untraced = untraced_structure(pair.gold, pair.volume, polarity=pair.polarity)
-    labels = training_labels(pair.gold, shape, min_radius_vox=MIN_RADIUS_VOX, untraced=untraced)
-    volume = TrainingVolume.prepare(row["name"], pair.volume.voxels, labels, processor)
-    return replace(volume, shift_vox=pair.shift_vox)
+    unknown = untraced_structure(gold, seen, polarity=pair.polarity)
+    for other in others:
+        with suppress(ValueError, OSError):  # which its own row says
+            tree = annotation.read_gold(other, pair.volume, polarity=pair.polarity, align=config.align)
+            tree = _tree_on(seen, pair.volume, tree)
+            unknown |= training_labels(tree, seen.shape, min_radius_vox=MIN_RADIUS_VOX) != 0
+    labels = training_labels(gold, seen.shape, min_radius_vox=MIN_RADIUS_VOX, untraced=unknown)
+    return replace(TrainingVolume.prepare(row["name"], seen.voxels, labels, processor), shift_vox=pair.shift_vox)
+
+
+def _tree_on(seen: Volume, volume: Volume, tree: NeuronTree) -> NeuronTree:
+    """A tree in voxels of `volume`, in those of `seen`: the same stack, `as_trained`."""
+    if seen.spacing_um == volume.spacing_um:
+        return tree
+    return tree.scaled(np.divide(volume.spacing_um, seen.spacing_um))
+
+
+def _labels_on(seen: Volume, volume: Volume, labels: np.ndarray) -> np.ndarray:
+    """The label of the voxel of `volume` that is nearest to each voxel of `seen`."""
+    if seen.spacing_um == volume.spacing_um:
+        return labels
+    steps = np.divide(seen.spacing_um, volume.spacing_um)
+    places = [np.rint(np.arange(n) * step).astype(int) for n, step in zip(seen.shape, steps, strict=True)]
+    return labels[np.ix_(*(np.minimum(p, n - 1) for p, n in zip(places, labels.shape, strict=True)))]
