@@ -52,6 +52,19 @@ def test_a_gap_costs_more_than_as_many_voxels_at_the_surface():
     assert soft_cldice_loss(logits_of(broken), labels) > 3 * soft_cldice_loss(logits_of(thinner), labels)
 
 
+def test_of_one_annotated_slice_the_skeleton_is_that_of_a_plane():
+    """A row that is missing at the surface costs next to nothing there, too."""
+    labels = torch.full((1, *SHAPE[2:]), -100)
+    labels[:, 6] = bar()[:, 0, 6].long()
+    known = (labels != -100)[:, None]
+    plane = soft_skeleton(bar()[:, :, 6:7], ITERATIONS)
+    assert torch.equal(soft_skeleton(bar(), ITERATIONS, known)[:, :, 6:7], plane)
+    assert not soft_skeleton(bar(), ITERATIONS, known)[~known].any()
+    thinner = bar()
+    thinner[..., 6, 4:36] = 0
+    assert soft_cldice_loss(logits_of(thinner), labels) < 0.01
+
+
 def test_what_is_ignored_costs_nothing_and_teaches_nothing():
     labels = bar()[:, 0].long()
     labels[..., 24:] = -100

@@ -518,8 +518,18 @@ def test_a_partly_annotated_stack_is_trained_on_where_it_is_annotated(config, tm
     write_volume(Volume((codes == 2).astype(np.uint8)), folder / "part_label.tif")
     with pytest.raises(ValueError, match=r"part_label\.tif holds no neurite, which is code 2; a mask .* NAME_mask"):
         train(replace(config, data=str(folder), validate=(), out=str(tmp_path / "as codes")))
+    write_volume(Volume((codes == 2).astype(np.uint8) * 2), folder / "part_label.tif")
+    with pytest.raises(ValueError, match=r"part_label\.tif holds no background, which is code 1"):
+        train(replace(config, data=str(folder), validate=(), out=str(tmp_path / "neurite alone")))
     with pytest.raises(ValueError, match=r"--validate names \['part'\], which have no SWC"):
         train(replace(config, data=str(folder), validate=("part",), out=str(tmp_path / "other")))
+
+
+def test_what_a_trace_wrote_is_taken_for_a_gold_with_a_warning(config, tmp_path):
+    folder = make_pairs(tmp_path / "pairs", {"one": "um", "two": "um"})
+    (folder / "two_review.csv").write_text("kind,x_um,y_um,z_um,length_um,confidence\n")
+    with pytest.warns(UserWarning, match=r"lists of places to review lie beside them: two\.swc; proofread\?"):
+        chosen_neurons(replace(config, data=str(folder), validate=()))
 
 
 def test_a_shift_is_reported_and_not_applied_with_no_align(config, tmp_path):

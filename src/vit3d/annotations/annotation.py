@@ -99,7 +99,7 @@ def read_gold(
 def read_labels(row: dict, shape: tuple[int, int, int]) -> np.ndarray:
     """(Z, Y, X) int8 of a row with a label volume: 1 neurite, 0 background, -100 not annotated.
 
-    ValueError: not the stack's shape, a code without a meaning, no neurite.
+    ValueError: not the stack's shape, a code without a meaning, no neurite or no background.
     """
     codes = np.asarray(read_volume(row["label"]).voxels)
     if codes.shape != tuple(shape):
@@ -111,6 +111,8 @@ def read_labels(row: dict, shape: tuple[int, int, int]) -> np.ndarray:
     if not (labels == 1).any():
         named = "" if is_mask(row["label"]) else ", which is code 2; a mask of 0 and another value is named NAME_mask"
         raise ValueError(f"{row['label']} holds no neurite{named}.")
+    if not (labels == 0).any():  # all that could be learned is that everything is neurite
+        raise ValueError(f"{row['label']} holds no background, which is code 1; a whole mask is named NAME_mask.")
     return labels
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from ..targets import IGNORED
 from .augmentation import DEFAULT, Augmentation, light_of, resample, vary_geometry, vary_intensity, vary_orientation
 
 NEURITE_SHARE = 0.8  # of the crops are centred on a neurite, the rest on anything that looks like one
-MAX_TOKENS = 256  # kept patches per window: a bound on the cost of a step
+MAX_TOKENS = 256  # kept patches per window: a bound on the cost of a step, which pads all windows to the longest
 _JITTER = 0.25  # a crop's centre lies off its voxel by up to this share of the window
 
 
@@ -154,14 +153,16 @@ class CropDataset(torch.utils.data.Dataset):
         pixel_values = self.processor.pixel_values(voxels, statistics)
         pixel_values, labels, mask = vary_orientation((pixel_values, labels, mask), rng, self.augmentation)
         selected = self.processor.token_mask(mask)
-        keep = choose_tokens(selected, rng, MAX_TOKENS * selected.size // math.prod(self.config.grid_size))
+        keep = choose_tokens(selected, rng)
+        places = self._two_places(rng) if self.paired else np.zeros((1, 3), dtype=int)
+        for place in places:
+            leave_out_surplus(keep[self._tokens_at(place)], rng)
         labels = labels.astype(np.int64)
         left_out = np.kron(~keep, np.ones(self.config.patch_size, dtype=bool))
         labels[left_out] = IGNORED  # a patch left out is painted by nobody: nothing to learn there
-        if not self.paired:
-            return self._window(pixel_values, labels, keep, np.zeros(3, dtype=int))
-        places = self._two_places(rng)
         windows = [self._window(pixel_values, labels, keep, place) for place in places]
+        if not self.paired:
+            return windows[0]
         stacked = {name: torch.stack([window[name] for window in windows]) for name in windows[0]}
         return {**stacked, "places": torch.from_numpy(places)}
 
@@ -202,7 +203,6 @@ class CropDataset(torch.utils.data.Dataset):
     def _window(self, pixel_values, labels, keep, place: np.ndarray) -> dict[str, torch.Tensor]:
         """What the network gets of the window that begins at a patch of the crop."""
         start = place * self.config.patch_size
-        tokens = tuple(map(slice, place, place + self.config.grid_size))
         voxels = tuple(map(slice, start, start + self.config.volume_size))
         labels = labels[voxels]
         if self.config.prediction == "center_slice":
@@ -210,8 +210,12 @@ class CropDataset(torch.utils.data.Dataset):
         return {
             "pixel_values": torch.from_numpy(pixel_values[voxels].copy()[None]),
             "labels": torch.from_numpy(labels.copy()),
-            "token_mask": torch.from_numpy(keep[tokens].copy()),
+            "token_mask": torch.from_numpy(keep[self._tokens_at(place)].copy()),
         }
+
+    def _tokens_at(self, place: np.ndarray) -> tuple[slice, ...]:
+        """The patches of the window that begins at a patch of the crop."""
+        return tuple(map(slice, place, place + self.config.grid_size))
 
     def _generator(self, index: int) -> np.random.Generator:
         """All the chance that crop `index` depends on."""
@@ -229,17 +233,21 @@ class CropDataset(torch.utils.data.Dataset):
         return np.clip(start, np.minimum(0, last), np.maximum(0, last))
 
 
-def choose_tokens(selected: np.ndarray, rng: np.random.Generator, most: int = MAX_TOKENS) -> np.ndarray:
-    """The processor's selection with some patches dropped and others added, at most so many.
+def choose_tokens(selected: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The processor's selection with some patches dropped and others added.
 
     Other stacks select other shares of their patches: a network that always saw the same share would depend on it.
     """
     keep = selected & (rng.random(selected.shape) >= rng.choice([0.0, 0.0, 0.1]))
     keep |= rng.random(selected.shape) < rng.choice([0.0, 0.02, 0.1, 0.3])
-    surplus = int(keep.sum()) - most
-    if surplus > 0:
-        keep.reshape(-1)[rng.choice(np.flatnonzero(keep), surplus, replace=False)] = False
     return keep
+
+
+def leave_out_surplus(keep: np.ndarray, rng: np.random.Generator, most: int = MAX_TOKENS) -> None:
+    """Drop some of the patches that a window keeps where they are more than `most`."""
+    kept = np.argwhere(keep)
+    if len(kept) > most:
+        keep[tuple(rng.choice(kept, len(kept) - most, replace=False).T)] = False
 
 
 def _cut(array: np.ndarray, start, window, fill) -> np.ndarray:

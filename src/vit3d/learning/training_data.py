@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..annotations import annotation
 from ..annotations.file_facts import glance, size, stamp
 from ..annotations.gold import align_gold, check_place, untraced_structure
-from ..annotations.pairs import find_pairs, split_name, splits_of
+from ..annotations.pairs import find_pairs, is_traced, split_name, splits_of
 from ..model.configuration_vit3d import ViT3DConfig
 from ..model.image_processing_vit3d import ViT3DImageProcessor
 from ..model.intensity_vit3d import measure
@@ -56,6 +56,9 @@ def chosen_neurons(config: TrainingConfig) -> tuple[list[dict], TrainingConfig]:
         raise ValueError(f"--validate {split}: no neuron with an SWC is in that split; name neurons, or --split-file.")
     if named or config.split_file:
         rows = [row for row in rows if row["name"] in asked or splits[row["name"]] == "train"]
+    if traced := [Path(row["swc"]).name for row in rows if row["swc"] and is_traced(row["swc"])]:
+        told = f"Taken for golds, though lists of places to review lie beside them: {', '.join(traced)}; proofread?"
+        warnings.warn(told, stacklevel=2)
     seen = {row["image"] for row in rows if row["name"] in asked}
     beside = sorted(row["name"] for row in rows if row["image"] in seen and row["name"] not in asked)
     if beside:
