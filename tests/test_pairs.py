@@ -45,6 +45,24 @@ def by_name(folder, **how) -> dict[str, dict]:
     return {row["name"]: row for row in find_pairs(folder, **how)}
 
 
+def test_neurons_of_one_name_are_told_apart_by_their_folders_wherever_those_lie(tmp_path):
+    twins = ("p1/set/n1", "p2/set/n1", "p2/set/n2")
+    for archive in ("here", "there"):
+        touch(tmp_path / archive, *(f"{folder}/cell{end}" for folder in twins for end in (".tif", ".swc")))
+        touch(tmp_path / archive, "p1/set/other/alone.tif", "p1/set/other/alone.swc")
+    found = [by_name(tmp_path / archive) for archive in ("here", "there")]
+    assert set(found[0]) == set(found[1]) == {"alone", *(f"{folder}/cell" for folder in twins)}
+    assert all(name in row["image"] for name, row in found[0].items())
+
+
+@pytest.mark.parametrize("name, said", [("p2/set/n1/cell", 1), ("cell", 3)])
+def test_a_table_names_one_of_several_neurons_of_one_name_or_all(tmp_path, name, said):
+    touch(tmp_path, *(f"{folder}/cell{end}" for folder in ("a/n1", "p2/set/n1", "n2") for end in (".tif", ".swc")))
+    (tmp_path / "table.csv").write_text(f"name,z_um,y_um,x_um\n{name},1,0.5,0.5\n")
+    rows = find_pairs(tmp_path, spacing_table=tmp_path / "table.csv")
+    assert [row["spacing_um"] for row in rows].count((1.0, 0.5, 0.5)) == said
+
+
 def test_gold166_pairs_the_newest_gold_with_its_image(gold166):
     rows = by_name(gold166)
     assert set(rows) == {FLY, CELL, "done_1"}

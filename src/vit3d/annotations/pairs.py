@@ -17,6 +17,7 @@ import json
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -67,7 +68,7 @@ class Survey:
 def find_pairs(data_dir: str | Path, *, gold: str | None = None, spacing_table: str | Path | None = None) -> list[dict]:
     """Rows of one neuron each, sorted by name; see the module's text for the layouts.
 
-    name: the stack's file name without suffixes (with its set and folder where two would have one name).
+    name: the stack's file name without suffixes (with its folders below `data_dir` where two would have one name).
     neuron: the same without them: what the split goes by. image, swc, label: paths, "" where there is none; a row
     has an swc or a label. spacing_um: (z, y, x) of the table, or None. species, lab: where the set's name or
     the table says them, else "".
@@ -106,6 +107,7 @@ def survey(data_dir: str | Path, *, gold: str | None = None, spacing_table: str 
         raise FileNotFoundError(
             f"{root} holds no pair of a stack ({', '.join(SUFFIXES)}) and an SWC of the same name.{left}"
         )
+    rows = _named(rows, root)
     table = Path(spacing_table) if spacing_table else root / SCALING_TABLE
     if spacing_table or table.is_file():
         spacings, files = SpacingTable.read(table), [*files, table]
@@ -114,7 +116,7 @@ def survey(data_dir: str | Path, *, gold: str | None = None, spacing_table: str 
             known = "states no whole size of" if spacings.facts.keys() & {row["name"] for row in rows} else "names"
             raise ValueError(f"{table} says nothing of any neuron in {root}: it {known} {_few(spacings.facts)}.")
         rows = [{**row, **facts} for row, facts in zip(rows, said, strict=True)]
-    return Survey(_named(rows), sorted(alone), files)
+    return Survey(rows, sorted(alone), files)
 
 
 def _few(names) -> str:
@@ -247,13 +249,12 @@ def _row(words: set[str], name: str, neuron: str, image: Path, **gold: Path) -> 
     }
 
 
-def _named(rows: list[dict]) -> list[dict]:
-    """Rows sorted by name; where two have one name, both take their folders' names with it."""
-    names = [row["name"] for row in rows]
+def _named(rows: list[dict], root: Path) -> list[dict]:
+    """Rows sorted by name; where two have one name, both take the names of their folders below `root` with it."""
+    counts = Counter(row["name"] for row in rows)
     for row in rows:
-        if names.count(row["name"]) > 1:
-            folder = Path(row["image"]).parent
-            row["name"] = f"{folder.parent.name}/{folder.name}/{row['name']}"
+        if counts[row["name"]] > 1:
+            row["name"] = (Path(row["image"]).parent.relative_to(root) / row["name"]).as_posix()
     return sorted(rows, key=lambda row: row["name"])
 
 
@@ -363,7 +364,8 @@ class SpacingTable:
 
     def of(self, row: dict) -> dict:
         """What the table says of a row; empty where it says nothing."""
-        names = [row["name"], *(_gold_names(row["swc"]) if row["swc"] else []), row["neuron"]]
+        bare = row["name"].rsplit("/", 1)[-1]
+        names = [row["name"], bare, *(_gold_names(row["swc"]) if row["swc"] else []), row["neuron"]]
         return next((self.facts[name] for name in names if self.facts.get(name)), {})
 
 
