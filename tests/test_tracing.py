@@ -16,7 +16,7 @@ from vit3d.centerlines.threshold import find_threshold, intensity_threshold, see
 from vit3d.formats.lazy_voxels import LazyVoxels
 from vit3d.model.intensity_vit3d import IntensityStatistics
 from vit3d.morphometry import measure
-from vit3d.reconstruction import masked
+from vit3d.reconstruction import masked, trace_part
 from vit3d.simulate import random_neuron, simulate_neuron
 from vit3d.targets import paint
 from vit3d.tracing import trace, trace_with_review
@@ -421,6 +421,42 @@ def test_neurites_side_by_side_are_not_joined_across_wherever_they_end(aside, fu
 def test_a_neurite_goes_on_beside_its_end_and_round_a_corner(beyond):
     mask = paint(together(polyline([(8, 12, 6), (8, 12, 46)], 1.5), polyline(beyond, 1.5)), (16, 60, 90))
     assert trace(Volume(mask), forest=True).num_roots == 1
+
+
+@pytest.mark.parametrize("hole", [5, 7, 9])
+def test_a_broken_crossing_is_joined_straight_on_and_not_round_its_corners(hole):
+    reach = hole / 2 + 2
+    along = [polyline([(10, 40, a), (10, 40, b)], 2.0) for a, b in ((6, 40 - reach), (40 + reach, 74))]
+    across = [polyline([(10, a, 40), (10, b, 40)], 2.0) for a, b in ((6, 40 - reach), (40 + reach, 74))]
+    trees = trace(Volume(paint(together(*along, *across), (20, 80, 80))), forest=True).split()
+    spans = sorted(np.round(np.ptp(tree.points, axis=0)).tolist() for tree in trees)
+    assert len(spans) == 2
+    assert max(spans[0][1], spans[1][2]) < 4
+    assert min(spans[0][2], spans[1][1]) > 60
+
+
+def test_no_gap_is_bridged_where_nothing_is_to_be_traced():
+    neurite = np.zeros((21, 40, 100), np.uint8)
+    neurite[9:12, 19:22, 5:95] = 255
+    mask = np.ones_like(neurite)
+    mask[:, :, 48:54] = 0
+    tree, reviews = trace_part(Volume(neurite), mask=mask, forest=True)
+    assert tree.num_roots == 2
+    assert not reviews
+    assert not ((tree.points[:, 2] > 47.5) & (tree.points[:, 2] < 53.5)).any()
+
+
+def test_a_bridge_goes_round_where_nothing_is_to_be_traced():
+    a, b = polyline([(8, 30, 6), (8, 20, 26)], 2.0), polyline([(8, 20, 34), (8, 30, 54)], 2.0)
+    faint = polyline([(8, 20, 26), (8, 16, 30), (8, 20, 34)], 1.5)
+    probability = np.maximum(paint(together(a, b), (16, 48, 60)), 0.3 * paint(faint, (16, 48, 60)))
+    mask = np.ones(probability.shape, np.uint8)
+    mask[:, :18, 29:32] = 0
+    tree, _ = trace_part(Volume(probability.astype(np.float32)), mask=mask)
+    assert tree.num_roots == 1
+    assert tree.points[:, 2].max() > 50
+    nearest = np.rint(tree.points).astype(int)
+    assert mask[tuple(nearest.T)].all()
 
 
 @pytest.mark.parametrize("radii", [(4.0, 1.5), (1.5, 4.0)])

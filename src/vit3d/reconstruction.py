@@ -113,7 +113,7 @@ def reconstruct(
     seen = _in_memory(as_trained(part, known))
     probability = segment(model, seen, processor=processor, statistics=statistics, select=select)
     allowed = None if mask is None else Volume(np.asarray(mask[box]) != 0, part.spacing_um)
-    tree, reviews = traced(_allowed(probability, allowed), part, statistics, tracing)
+    tree, reviews = traced(probability, part, statistics, tracing, allowed)
     probability = _allowed(_in_memory(on_grid_of(probability, part)), allowed)
     return Reconstruction(
         part, probability, place(tree, box), placed_reviews(reviews, tree, box), statistics.polarity, box
@@ -163,7 +163,7 @@ def reconstruct_on_disk(  # noqa: PLR0913 (those of `reconstruct`, and two)
             build_pyramid(store)
         probability = open_volume(store)
         allowed = None if mask is None else Volume(_ones(VoxelsWithin(mask, box)), part.spacing_um)
-        tree, reviews = traced(_allowed(probability, allowed), part, statistics, tracing)
+        tree, reviews = traced(probability, part, statistics, tracing, allowed)
     probability = on_grid_of(probability, part)
     reviews = placed_reviews(reviews, tree, box)
     return Reconstruction(part, probability, place(tree, box), reviews, statistics.polarity, box)
@@ -183,8 +183,9 @@ def trace_part(
     volume = inverted(volume) if dark else volume
     part, threshold = find_threshold(within(volume, box), threshold)
     if mask is not None:
-        part = masked(part, within(Volume(mask), box).voxels, threshold.dark)
-    tree, reviews = trace_with_review(part, threshold=threshold, **tracing)
+        mask = within(Volume(mask), box).voxels
+        part = masked(part, mask, threshold.dark)
+    tree, reviews = trace_with_review(part, threshold=threshold, mask=mask, **tracing)
     return place(tree, box), placed_reviews(reviews, tree, box)
 
 
@@ -245,9 +246,11 @@ def _unsigned(dtype: np.dtype) -> np.dtype:
     return np.dtype(f"u{dtype.itemsize}") if dtype.kind == "i" else dtype
 
 
-def traced(probability: Volume, part: Volume, statistics, tracing: dict) -> tuple[NeuronTree, list[Review]]:
+def traced(
+    probability: Volume, part: Volume, statistics, tracing: dict, allowed: Volume | None = None
+) -> tuple[NeuronTree, list[Review]]:
     """The tree of the probability, whose voxels may be finer than those of the stack that it lies in, the `part`;
-    `statistics` are the stack's grey levels.
+    `statistics` are the stack's grey levels, and nothing is traced where `allowed`, on the grid of the part, is 0.
 
     Of several, the one with most cable and light of its own is the neuron. Pieces that stay trees of their own are
     noise up to as many of the stack's voxels. One tree alone would lose by that: what can be joined to it is no noise.
@@ -261,7 +264,9 @@ def traced(probability: Volume, part: Volume, statistics, tracing: dict) -> tupl
     def light(tree: NeuronTree) -> np.ndarray:
         return light_of_its_own(tree, part, statistics)
 
-    tree, reviews = trace_with_review(probability, light=light, **tracing)
+    mask = None if allowed is None else on_grid_of(allowed, probability).voxels
+    probability = probability if mask is None else masked(probability, mask)
+    tree, reviews = trace_with_review(probability, light=light, mask=mask, **tracing)
     return replace(tree, spacing_um=part.spacing_um), reviews
 
 

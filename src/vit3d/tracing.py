@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vit3d.centerlines.foreground import Foreground, find_foreground, voxel_of
-from vit3d.centerlines.joining import join_fragments
+from vit3d.centerlines.joining import Ground, join_fragments
 from vit3d.centerlines.prominence import most_prominent_part
 from vit3d.centerlines.skeleton import skeletonize
 from vit3d.centerlines.soma import with_hub, with_soma
 from vit3d.centerlines.threshold import Threshold, find_threshold
+from vit3d.formats.lazy_voxels import LazyVoxels
 from vit3d.morphometry import resample
 from vit3d.tree import SOMA, NeuronTree, follow
 from vit3d.volume import Volume, refuse_other_than_volume
@@ -93,12 +94,14 @@ def trace_with_review(  # noqa: PLR0913 (those of `trace`, and one)
     step_um: float | None = None,
     min_voxels: float = MIN_VOXELS,
     light: Callable[[NeuronTree], np.ndarray] | None = None,
+    mask: np.ndarray | LazyVoxels | None = None,
 ) -> tuple[NeuronTree, list[Review]]:
     """As `trace`, with what deserves a look: what was left out, longest first, then joins and weak spots, least
     confident first.
 
     light: gives (N,) a tree's light of its own, as `centerlines.prominence` takes it; by it and by its cable one of
     several trees is kept, and of that no more than is the neuron. Without it, the one with most cable.
+    mask: (Z, Y, X), 0 where no gap is bridged; the volume is dark there.
     """
     refuse_other_than_volume(volume)
     check_lengths(min_branch_um=min_branch_um, max_gap_um=max_gap_um, step_um=step_um)
@@ -113,7 +116,7 @@ def trace_with_review(  # noqa: PLR0913 (those of `trace`, and one)
     finest, step = voxel_of(volume)  # all that is chosen by length is chosen in units of the finest axis
     tree = skeletonize(foreground, (min_branch_um or 0.0) / finest)
     gap = _GAP_VOXELS * step[1:].min() if max_gap_um is None else max_gap_um / finest
-    tree, bridges = join_fragments(tree, volume, threshold, step, gap)
+    tree, bridges = join_fragments(tree, Ground(volume, threshold, step, mask), gap)
     whole = tree = replace(tree.scaled(finest), unit=unit, spacing_um=volume.spacing_um)
     tree, bridges, rows = _neuron(whole, bridges, root, forest, light)
     left_out = _left_out(whole, rows)

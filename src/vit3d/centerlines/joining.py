@@ -8,11 +8,12 @@ from scipy.ndimage import gaussian_filter, gaussian_filter1d
 from scipy.spatial import cKDTree
 
 from vit3d.centerlines.threshold import Threshold
+from vit3d.formats.lazy_voxels import LazyVoxels
 from vit3d.tree import NeuronTree
 from vit3d.volume import Volume
 
 _TURN = 2.0  # a gap met at a right angle counts as (1 + _TURN) times its length
-_MIN_COSINE = 0.3  # no fragment turns more than this (72 degrees) across a gap
+_MIN_COSINE = 0.3  # a gap lies ahead of its tip, within 72 degrees, and not behind the other's, within as many
 _AIM_STEPS = 6.0  # in-plane voxels behind a tip that give its direction
 _SLACK_STEPS = 0.5  # where a gap ends is known to half a voxel
 _LOOKS = 8  # per voxel of a gap: its length must be measured finer than it is known
@@ -28,17 +29,26 @@ class Join:
     target: int
 
 
-def join_fragments(
-    forest: NeuronTree, volume: Volume, threshold: Threshold, step: np.ndarray, max_gap: float
-) -> tuple[NeuronTree, list[np.ndarray]]:
+@dataclass(frozen=True)
+class Ground:
+    """What gaps lie in: a volume, what of it is neuron, the size (3,) of its voxels in the unit of the forest, and a
+    `mask` (Z, Y, X), where there is one, that is 0 where nothing is traced."""
+
+    volume: Volume
+    threshold: Threshold
+    step: np.ndarray
+    mask: np.ndarray | LazyVoxels | None = None
+
+
+def join_fragments(forest: NeuronTree, ground: Ground, max_gap: float) -> tuple[NeuronTree, list[np.ndarray]]:
     """One root per connected neuron: fragments joined, cheapest gap first, and the rows of each bridge, ends included.
 
     A gap is as long as the part of the straight line between two nodes that lies outside the foreground, in the unit
     of the forest; up to half of the finest voxel more than `max_gap` is bridged. Its cost is the distance
-    of the surfaces, times what it turns, less what the volume shows of it.
+    of the surfaces, times what a neurite turns there, less what the volume shows of it.
     """
     fragment = forest.root_of
-    joins = _candidates(forest, fragment, volume, threshold, step, max_gap)
+    joins = _candidates(forest, fragment, ground, max_gap)
     group = np.arange(len(forest))
     parents, routes, bridges, used = forest.parents.tolist(), [], [], set()
     for join in joins:
@@ -47,7 +57,7 @@ def join_fragments(
             continue
         group[ends[0]] = ends[1]
         used |= {join.tip, join.target}
-        routes.append(_route(forest, join, volume, threshold.probability, step))
+        routes.append(_route(forest, join, ground))
         bridge = [join.target, *range(len(parents), len(parents) + len(routes[-1])), join.tip]
         parents += bridge[:-2]
         _hang(parents, join.tip, bridge[-2])
@@ -82,8 +92,9 @@ def _find(group: np.ndarray, row: int) -> int:
     return row
 
 
-def _candidates(forest, fragment, volume, threshold, step, max_gap) -> list[Join]:
+def _candidates(forest: NeuronTree, fragment: np.ndarray, ground: Ground, max_gap: float) -> list[Join]:
     """Every plausible join, cheapest first: for each tip the best node of each other fragment."""
+    step = ground.step
     if max_gap <= 0 or (fragment == fragment[0]).all():
         return []
     tips, heading = _tips(forest, _AIM_STEPS * step.min())
@@ -107,12 +118,14 @@ def _candidates(forest, fragment, volume, threshold, step, max_gap) -> list[Join
         length = np.linalg.norm(across, axis=1)
         gap = np.maximum(length - forest.radii[near] - forest.radii[tip], step.min())
         ahead = (across @ outward[tip]) / np.maximum(length, 1e-9)
-        facing = np.where(
-            outward[near].any(1), -np.einsum("ij,ij->i", across, outward[near]) / np.maximum(length, 1e-9), 1.0
-        )
-        seen, gap_in_volume = _between(forest.points[tip], forest.points[near], volume, threshold, step)
-        cost = gap * (1 + _TURN * (1 - ahead) + _TURN * (1 - facing) / 2) * (1.2 - seen)
-        allowed = gap_in_volume <= max_gap + _SLACK_STEPS * step.min()
+        is_tip = outward[near].any(1)
+        facing = np.where(is_tip, -(across * outward[near]).sum(1) / np.maximum(length, 1e-9), 1.0)
+        onward = np.where(is_tip, -(outward[near] @ outward[tip]), 1.0)
+        seen, gap_in_volume, is_closed = _between(forest, tip, near, ground)
+        # round a corner both ends look halfway at each other: what is turned is what lies between their directions
+        turn = np.maximum(1 - ahead + (1 - facing) / 2, 1 - onward)
+        cost = gap * (1 + _TURN * turn) * (1.2 - seen)
+        allowed = ~is_closed & (gap_in_volume <= max_gap + _SLACK_STEPS * step.min())
         allowed &= (ahead > _MIN_COSINE) & (facing > -_MIN_COSINE)
         allowed &= gap <= _TRUST * np.minimum(extent[fragment[near]], extent[fragment[tip]])
         for other in np.unique(fragment[near[allowed]]):
@@ -162,29 +175,36 @@ def _extents(forest: NeuronTree, fragment: np.ndarray) -> np.ndarray:
     return cable + 2 * thickest
 
 
-def _between(start, ends, volume, threshold, step) -> tuple[np.ndarray, np.ndarray]:
-    """Of the straight lines from `start` (3,) to `ends` (N, 3): (N,) the mean probability on their middle part, and how
-    much of their length is no foreground."""
+def _between(forest: NeuronTree, tip: int, near: np.ndarray, ground: Ground):
+    """Of the straight lines from a tip to the nodes `near` (N,): (N,) the mean probability on the part outside of the
+    neurites at both ends, how much of their length is no foreground, and whether they meet what is closed."""
+    start, ends, step = forest.points[tip], forest.points[near], ground.step
     length = np.linalg.norm(ends - start, axis=1)
     count = max(8, math.ceil(_LOOKS * length.max() / step.min()))
     fraction = (np.arange(count) + 0.5) / count
     points = start + fraction[None, :, None] * (ends[:, None] - start)
-    index = np.clip(np.rint(points / step).astype(int), 0, np.array(volume.shape) - 1)
+    index = np.clip(np.rint(points / step).astype(int), 0, np.array(ground.volume.shape) - 1)
     low, high = index.min((0, 1)), index.max((0, 1)) + 1
-    box = np.asarray(volume.voxels[tuple(slice(a, b) for a, b in zip(low, high, strict=True))])
-    values = box[tuple(np.moveaxis(index - low, -1, 0))]
-    middle = np.abs(fraction - 0.5) < 0.4
-    return threshold.probability(values[:, middle]).mean(1), length * (values <= threshold.value).mean(1)
+    box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+    at = tuple(np.moveaxis(index - low, -1, 0))
+    values = np.asarray(ground.volume.voxels[box])[at]
+    travelled = fraction * length[:, None]
+    outside = (travelled > forest.radii[tip]) & (length[:, None] - travelled > forest.radii[near][:, None])
+    outside[~outside.any(1)] = np.abs(fraction - 0.5) < 0.4
+    seen = np.average(ground.threshold.probability(values), axis=1, weights=outside)
+    is_closed = np.zeros(len(near), bool) if ground.mask is None else (np.asarray(ground.mask[box])[at] == 0).any(1)
+    return seen, length * (values <= ground.threshold.value).mean(1), is_closed
 
 
-def _route(forest: NeuronTree, join: Join, volume, probability, step) -> np.ndarray:
+def _route(forest: NeuronTree, join: Join, ground: Ground) -> np.ndarray:
     """(N, 5) points strictly between the ends of a join, about a voxel apart, along the most probable route; their
     radii; and what is seen there."""
-    start, stop = forest.points[[join.target, join.tip]]
+    start, stop, step = *forest.points[[join.target, join.tip]], ground.step
     low = np.floor(np.minimum(start, stop) / step).astype(int) - 3
     high = np.ceil(np.maximum(start, stop) / step).astype(int) + 4
-    low, high = np.maximum(low, 0), np.minimum(high, volume.shape)
-    seen = probability(volume.voxels[tuple(slice(a, b) for a, b in zip(low, high, strict=True))])
+    low, high = np.maximum(low, 0), np.minimum(high, ground.volume.shape)
+    box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+    seen = ground.threshold.probability(ground.volume.voxels[box])
     count = max(int(np.linalg.norm(stop - start) / step.min()), 1)
     points = start + np.linspace(0, 1, count + 1)[1:-1, None] * (stop - start)
     if ((seen > 0) & (seen < 1)).any():  # a mask says nothing about its gaps
