@@ -1,5 +1,6 @@
 """Volume: what readers and writer promise, on files built here and on the real ones beside the repository."""
 
+import itertools
 import platform
 import struct
 import subprocess
@@ -769,6 +770,62 @@ def test_a_preview_beside_a_stack_is_passed_over(tmp_path, preview):
     with tifffile.TiffWriter(tmp_path / "a.tif") as file:
         file.write(voxels, photometric="minisblack", metadata={"axes": "ZYX"})
         file.write(voxels[0][preview], photometric="minisblack")
+    assert (read_volume(tmp_path / "a.tif").voxels == voxels).all()
+
+
+COUNTED = {"metadata": None, "description": '{"shape": [20, 64, 48]}'}
+PAGE_BY_PAGE = [{}, {"metadata": None}, {"metadata": None, "compression": "zlib"}]
+
+
+def page_by_page(path, pages, description=None, byteorder=None, **options):
+    with tifffile.TiffWriter(path, byteorder=byteorder) as file:
+        for page in pages:
+            file.write(page, contiguous=False, description=description, **options)
+            description = None
+
+
+@pytest.mark.parametrize(
+    "options, at",
+    [*itertools.product(PAGE_BY_PAGE, (0, 1, 4, 19)), *itertools.product([COUNTED], (1, 4, 19))],
+)
+def test_a_page_unlike_the_others_is_named(tmp_path, options, at):
+    path, pages = tmp_path / "a.tif", list(noise((20, 64, 48), np.uint8))
+    for odd, said in ((pages[at][:50], "50 x 48 of uint8"), (pages[at].astype(np.int16), "64 x 48 of int16")):
+        page_by_page(path, [*pages[:at], odd, *pages[at + 1 :]], **options)
+        with pytest.raises(ValueError, match=rf"a\.tif is no stack: page {at + 1} is {said}, but most .*must be equal"):
+            open_volume(path)
+
+
+def test_pages_unlike_the_others_that_come_at_no_regular_distance_are_named(tmp_path):
+    colours = noise((20, 64, 48, 3), np.uint16)
+    for pages in (list(colours[..., 0]), list(colours)):
+        for at in (1, 9):
+            pages[at] = pages[at].astype(np.uint8)
+        page_by_page(tmp_path / "a.tif", pages, metadata=None, byteorder=">")
+        with pytest.raises(ValueError, match=r"page 2 is 64 x 48( x 3)? of uint8, but most pages are .* of uint16"):
+            open_volume(tmp_path / "a.tif", channel=None if pages[0].ndim == 2 else 0)
+
+
+def test_no_page_of_those_that_a_description_counts_may_be_of_another_type(tmp_path):
+    pages = list(noise((20, 64, 48), np.uint8))
+    pages[10:] = [page.astype(np.uint16) for page in pages[10:]]
+    page_by_page(tmp_path / "a.tif", pages, **COUNTED)
+    with pytest.raises(ValueError, match=r"page 11 is 64 x 48 of uint16"):
+        open_volume(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize(
+    "order, flag", [("all last", None), ("all last", 1), ("in turn", None), ("in turn", 1), ("one", 1)]
+)
+def test_pages_that_are_previews_are_passed_over(tmp_path, order, flag):
+    voxels = noise((20, 64, 48))
+    slices, previews = ([(plane, None) for plane in voxels], [(plane[::4, ::4], flag) for plane in voxels])
+    pages = slices + (previews[:1] if order == "one" else previews)
+    if order == "in turn":
+        pages[::2], pages[1::2] = slices, previews
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        for page, subfiletype in pages:
+            file.write(page, metadata=None, subfiletype=subfiletype, contiguous=False)
     assert (read_volume(tmp_path / "a.tif").voxels == voxels).all()
 
 

@@ -2,8 +2,11 @@
 
 import math
 import struct
+from collections import Counter
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -15,6 +18,29 @@ from .lazy_voxels import Box, LazyVoxels, MappedVoxels, check_declared, damage_r
 
 _LARGEST_IMAGEJ_BYTES = 4_000_000_000  # the offsets in ImageJ's TIFF are 32-bit
 SOFTWARE = "vit3d"  # what files that are written say of themselves
+_DEFAULTS = {254: 0, 255: 0, 257: 0, 256: 0, 277: 1, 339: 1, 258: 1}  # tags by which pages are compared
+_NUMBERS = {1: "B", 3: "H", 4: "I", 16: "Q"}  # types of tags
+
+
+class _PageHeader(NamedTuple):
+    """What a page states of its image, by the tags of `_DEFAULTS` and in their order."""
+
+    new_subfile_type: int
+    subfile_type: int
+    length: int
+    width: int
+    samples: int
+    sample_format: int
+    bits: int
+
+    @property
+    def is_preview(self) -> bool:
+        return bool(self.new_subfile_type & 1) or self.subfile_type == 2
+
+    @property
+    def form(self) -> str:
+        kind = {2: "int", 3: "float"}.get(self.sample_format, "uint")
+        return f"{self.length} x {self.width}{f' x {self.samples}' * (self.samples > 1)} of {kind}{self.bits}"
 
 
 class TiffVoxels(LazyVoxels):
@@ -47,21 +73,25 @@ class TiffVoxels(LazyVoxels):
 
 def open_tiff(path: Path, channel: int | None, time: int | None = None) -> tuple[LazyVoxels, SpacingUm | None]:
     """The voxels of a whole, undamaged TIFF, lazily, and their spacing; ValueError, in one sentence, otherwise."""
-    _check_tiff_structure(path)
+    headers = _page_headers(path)
     with damage_reported(path):
         tiff = tifffile.TiffFile(path)
     try:
-        return _voxels(path, tiff, channel, time), _stated_spacing(tiff)
+        return _voxels(path, tiff, headers, channel, time), _stated_spacing(tiff)
     except BaseException:
         tiff.close()
         raise
 
 
-def _voxels(path: Path, tiff: tifffile.TiffFile, channel: int | None, time: int | None) -> LazyVoxels:
+def _voxels(
+    path: Path, tiff: tifffile.TiffFile, headers: dict[int, _PageHeader], channel: int | None, time: int | None
+) -> LazyVoxels:
     with damage_reported(path):
         series = _slices(tiff) or tiff.series[0]
         declared = _declared_size(tiff) if series in tiff.series else None
+        own = [page.offset for page in series.pages if page is not None and page.parent is tiff]
         num_pages, whole = len(series.pages), all(_is_whole(page) for page in series.pages)
+    _check_equal_pages(path, headers, own, counted=declared is not None and series.size > series.keyframe.size)
     contiguous = series.dataoffset is not None  # ImageJ's large stacks have one page header for all
     found = series.size if contiguous else num_pages * series.keyframe.size
     if {found, declared or found} != {series.size} or not whole:
@@ -81,6 +111,26 @@ def _voxels(path: Path, tiff: tifffile.TiffFile, channel: int | None, time: int 
     check_declared(path, series.shape, dtype, series.keyframe.chunks)
     with damage_reported(path):
         return TiffVoxels(path, tiff, series, index)
+
+
+def _check_equal_pages(path: Path, headers: dict[int, _PageHeader], own: list[int], counted: bool) -> None:
+    """ValueError where a page of the stack, whose offsets are `own`, has another size or type than the others.
+
+    tifffile compares a few of them only: it leaves the odd page out, or reads what follows in the file as its pixels.
+    Beside the pages that a description counts there may be any others. Where none counts them, only previews may: pages
+    that say so, or that come in runs of one length, as small copies of all slices do, and not only once.
+    """
+    stack = [headers[offset].form for offset in own if offset in headers]
+    beside = [] if counted else [header.form for header in headers.values() if not header.is_preview]
+    for forms in (stack, beside):
+        common, *others = Counter(forms).most_common() or [None]
+        runs = {(form, len(list(run))) for form, run in groupby(forms)}
+        if others and (forms is stack or len(runs) > 1 + len(others) or others[-1][1] == 1 < common[1]):
+            form = others[-1][0]
+            page = next(at for at, header in enumerate(headers.values(), 1) if header.form == form)
+            raise ValueError(
+                f"{path} is no stack: page {page} is {form}, but most pages are {common[0]}; slices must be equal."
+            )
 
 
 def _slices(tiff: tifffile.TiffFile) -> tifffile.TiffPageSeries | None:
@@ -138,8 +188,8 @@ def _cut_short(path: Path, what: str, end: int) -> ValueError:
     return ValueError(f"{path} is cut short: {what} would end at byte {end}, the file ends at {size}.")
 
 
-def _check_tiff_structure(path: Path) -> None:
-    """Every page header, and every value it points to, lies inside the file.
+def _page_headers(path: Path) -> dict[int, _PageHeader]:
+    """The header of every page by its offset; each, and every value it points to, lies inside the file.
 
     tifffile ends its page list silently where the chain breaks, and so returns a part of a truncated stack.
     """
@@ -154,19 +204,32 @@ def _check_tiff_structure(path: Path) -> None:
         entry.names = "tag", "type", "count", "value"
         count_bytes = struct.calcsize(count_code)
         (offset,) = struct.unpack_from(order + offset_code, head, 8 if big else 4)
-        seen = set()
-        while offset and offset not in seen:
-            seen.add(offset)
+        headers = {}
+        while offset and offset not in headers:
             file.seek(min(offset, size))
             raw = file.read(count_bytes)
             entries = struct.unpack(order + count_code, raw)[0] if len(raw) == count_bytes else 1
             end = offset + count_bytes + entries * entry.itemsize + inline
             if end > size:
-                raise _cut_short(path, f"the header of page {len(seen)}", end)
+                raise _cut_short(path, f"the header of page {len(headers) + 1}", end)
             body = file.read(end - offset - count_bytes)
             tags = np.frombuffer(body, entry, count=entries)
             _check_tag_values(path, tags, inline, size)
+            headers[offset] = _page_header(file, body, tags, order + offset_code)
             (offset,) = struct.unpack(order + offset_code, body[-inline:])
+    return headers
+
+
+def _page_header(file: BinaryIO, body: bytes, tags: np.ndarray, offset_code: str) -> _PageHeader:
+    stated, order, inline = dict(_DEFAULTS), offset_code[0], struct.calcsize(offset_code)
+    for place in np.flatnonzero(np.isin(tags["tag"], list(_DEFAULTS))):
+        code = order + _NUMBERS.get(int(tags["type"][place]), "B")
+        value = body[(place + 1) * tags.itemsize - inline : (place + 1) * tags.itemsize]
+        if tags["count"][place] * struct.calcsize(code) > inline:
+            file.seek(*struct.unpack(offset_code, value))
+            value = file.read(struct.calcsize(code))
+        (stated[int(tags["tag"][place])],) = struct.unpack_from(code, value)
+    return _PageHeader(*stated.values())
 
 
 def _check_tag_values(path: Path, tags: np.ndarray, inline: int, size: int) -> None:
