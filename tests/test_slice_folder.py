@@ -128,6 +128,7 @@ ORDINARY = {
     "a time behind the number": lambda z: f"z{z}_at{z * 7 % 5}s.tif",
     "a time before the number": lambda z: f"2021-03-01_12-{z // 5:02d}-{z * 12 % 60:02d}_z{z:03d}.tif",
     "depth in um": lambda z: f"scan_z{z * 0.3:.2f}um.tif",
+    "depth in steps of a quarter": lambda z: f"z{z * 0.25:g}.tif",
     "depth and number": lambda z: f"pos_{z * 0.3:.1f}_{z}.tif",
     "letters": lambda z: f"slice{'abcdefghijkl'[z]}.tif",
     "a hash": lambda z: f"z{z:03d}_{HASHES[z]}.tif",

@@ -72,14 +72,14 @@ def open_slices(folder: Path, channel: int | None = None) -> tuple[SliceVoxels, 
 
 
 def _images(folder: Path) -> list[Path]:
-    """The folder's images in natural order: slice 10 after slice 9."""
+    """The folder's images in natural order: slice 10 after slice 9, and 0.5 after 0.25."""
     files = (path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES and path.name[0] != ".")
-    return sorted(
-        files,
-        key=lambda path: [
-            (not word.isdigit(), int(word) if word.isdigit() else 0, word) for word in re.split(r"(\d+)", path.name)
-        ],
-    )
+    return sorted(files, key=lambda path: (_words(path), path.name))
+
+
+def _words(file: Path) -> list[str | float]:
+    """What a name consists of: texts in the even places, and the numbers between them."""
+    return [float(word) if at % 2 else word for at, word in enumerate(re.split(r"(\d+(?:\.\d+)?)", file.stem))]
 
 
 def _check_numbers(files: list[Path]) -> None:
@@ -92,8 +92,8 @@ def _check_numbers(files: list[Path]) -> None:
     projected = [file for file in files if file.name.startswith(_PROJECTIONS)]
     if 0 < len(projected) < len(files):
         raise _several(projected[0], next(file for file in files if file not in projected))
-    names = [re.split(r"(\d+(?:\.\d+)?)", file.stem) for file in files]
-    numbers = [[float(number) for number in words[1::2]] for words in names]
+    names = [_words(file) for file in files]
+    numbers = [words[1::2] for words in names]
     fields = [list(field) for field in zip(*numbers) if len(set(field)) > 1]  # noqa: B905 (those that all have)
     counts = [len(found) for found in numbers]
     if not fields and min(counts) < max(counts):
