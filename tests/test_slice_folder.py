@@ -104,6 +104,25 @@ def test_a_lost_slice_is_missed(tmp_path, lost):
         open_volume(folder)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        lambda z: f"z{z:02d}_pos{z * 100}.tif",
+        lambda z: f"z{z:02d}_{z * 7013 + z**2}ms.tif",
+        lambda z: f"2021-03-01_12-{z // 5:02d}-{z * 12 % 60:02d}_z{z:03d}.tif",
+        lambda z: f"z{z:02d}{'_redo' if z == 2 else ''}.tif",
+    ],
+    ids=["positions", "times", "clock", "one redone"],
+)
+def test_a_lost_slice_is_missed_whatever_else_its_name_holds(tmp_path, name):
+    folder = slices(tmp_path / "a", noise())
+    for path in list(folder.iterdir()):
+        path.rename(folder / name(int(path.stem[1:])))
+    (folder / name(4)).unlink()
+    with pytest.raises(ValueError, match=f"lacks slices: after {name(3)} comes {name(5)}; "):
+        open_volume(folder)
+
+
 NAMES = {
     "channels": lambda z: f"s_z{z // 2:03d}_ch{z % 2:02d}.tif",
     "neurons": lambda z: f"cell{'AB'[z // 6]}_{z % 6:02d}.tif",
@@ -127,6 +146,8 @@ HASHES = ["a1f3", "bcde", "0f1e", "77aa", "c0de", "1a2b3c", "f00d", "abcd", "9",
 ORDINARY = {
     "a time behind the number": lambda z: f"z{z}_at{z * 7 % 5}s.tif",
     "a time before the number": lambda z: f"2021-03-01_12-{z // 5:02d}-{z * 12 % 60:02d}_z{z:03d}.tif",
+    "times that come late": lambda z: f"z{z:03d}_{z + z // 7}s.tif",
+    "times alone that are uneven": lambda z: f"{'abcdefghijkl'[z]}_{z * 7013 + z**2}ms.tif",
     "depth in um": lambda z: f"scan_z{z * 0.3:.2f}um.tif",
     "depth in steps of a quarter": lambda z: f"z{z * 0.25:g}.tif",
     "depth and number": lambda z: f"pos_{z * 0.3:.1f}_{z}.tif",

@@ -86,8 +86,7 @@ def _check_numbers(files: list[Path]) -> None:
     """ValueError where the slices' names show that they are no stack.
 
     A projection lies among them, or another image, which lacks the number that the others have; all numbers in which
-    they differ repeat, as those of slices of several channels, times or neurons do; or they differ in one number, and
-    that leaves a gap.
+    they differ repeat, as those of slices of several channels, times or neurons do; or a number leaves a gap.
     """
     projected = [file for file in files if file.name.startswith(_PROJECTIONS)]
     if 0 < len(projected) < len(files):
@@ -102,15 +101,32 @@ def _check_numbers(files: list[Path]) -> None:
         numbers = max(fields, key=lambda numbers: len(set(numbers)))  # that of the slice
         again = next(at for at in range(1, len(files)) if numbers[at] in numbers[:at])
         raise _several(files[numbers.index(numbers[again])], files[again])
-    if len(fields) != 1 or len({tuple(words[::2]) for words in names}) > 1:
-        return
-    steps = np.diff(fields[0])
-    if not np.allclose(steps, steps.min(), rtol=0.01):
-        at = int(np.flatnonzero(~np.isclose(steps, steps.min(), rtol=0.01))[0])
+    alone = len(fields) == 1 and len({tuple(words[::2]) for words in names}) == 1
+    at = _gap(np.diff(fields), alone) if fields else None
+    if at is not None:
         raise ValueError(
             f"{files[0].parent} lacks slices: after {files[at].name} comes {files[at + 1].name}; "
             "restore or rename them."
         )
+
+
+def _gap(steps: np.ndarray, alone: bool) -> int | None:
+    """After which slice another one lacks, by the steps (number, slice) of all numbers that differ; None for none.
+
+    A number that is alone must rise evenly. Of several, one that does shows that no slice lacks, for the others may be
+    times, which come late; without such a one those count that rise by one step mostly, and by multiples of it.
+    """
+    smallest = steps.min(axis=1, keepdims=True)
+    even = np.isclose(steps, smallest, rtol=0.01)
+    if alone:
+        return None if even.all() else int(even[0].argmin())
+    rising = smallest[:, 0] > 0
+    if even[rising].all(axis=1).any():
+        return None
+    multiples = steps[rising] / smallest[rising]
+    whole = np.isclose(multiples, np.round(multiples), rtol=0.01).all(axis=1)
+    counted = even[rising][whole & (even[rising].mean(axis=1) > 0.5)]
+    return int(counted[0].argmin()) if len(counted) else None
 
 
 def _several(one: Path, other: Path) -> ValueError:
