@@ -68,6 +68,34 @@ def test_a_channel_of_colour_slices_is_chosen(tmp_path):
         assert (read_volume(folder, channel=2).voxels == voxels[..., 2]).all()
 
 
+def palette_slices(folder, indices, palette, **options):
+    folder.mkdir()
+    for z, plane in enumerate(indices):
+        image = Image.fromarray(plane)
+        image.putpalette(palette.tobytes())
+        image.save(folder / f"s{z}.png", **options)
+    return folder
+
+
+@pytest.mark.parametrize("options", [{}, {"transparency": bytes([0, 128])}, {"bits": 4}])
+def test_slices_with_a_palette_of_greys_are_read_as_grey_values(tmp_path, options):
+    indices = noise(dtype=np.uint8) % 16
+    palette = np.repeat(np.random.default_rng(1).permutation(256).astype(np.uint8)[:16, None], 3, axis=1)
+    palette[indices.max()] = 0, 255, 0  # a colour for marks
+    indices[indices == indices.max()] = 0  # which is not used
+    volume = open_volume(palette_slices(tmp_path / "a", indices, palette, **options))
+    assert (volume.shape, volume.voxels.dtype) == (indices.shape, np.uint8)
+    assert (volume.voxels[3:, 4:, ::2] == palette[indices, 0][3:, 4:, ::2]).all()
+
+
+def test_slices_with_a_palette_of_colours_are_colour_slices(tmp_path):
+    indices, palette = noise(dtype=np.uint8), np.random.default_rng(1).integers(0, 255, (256, 3), np.uint8)
+    folder = palette_slices(tmp_path / "a", indices, palette)
+    with pytest.raises(ValueError, match=r"3 channels \(RGB\)"):
+        open_volume(folder)
+    assert (read_volume(folder, channel=1).voxels == palette[indices, 1]).all()
+
+
 def test_slices_that_are_not_equal_are_named(tmp_path):
     folder = slices(tmp_path / "a", noise())
     tifffile.imwrite(folder / "s5.tif", noise((21, 30)))

@@ -141,14 +141,27 @@ def _header(file: Path) -> tuple[tuple[int, ...], np.dtype]:
     with damage_reported(file):
         if file.suffix.lower() == ".png":
             with Image.open(file) as image:
-                bands, (width, height) = image.getbands(), image.size
-                dtype = np.dtype({"1": bool, "I;16": "u2", "I;16B": "u2", "I": "i4"}.get(image.mode, "u1"))
-                return (height, width) + (len(bands),) * (len(bands) > 1), dtype
+                mode, (width, height) = _mode(image), image.size
+                bands = Image.getmodebands(mode)
+                dtype = np.dtype({"1": bool, "I;16": "u2", "I;16B": "u2", "I": "i4"}.get(mode, "u1"))
+                return (height, width) + (bands,) * (bands > 1), dtype
         with tifffile.TiffFile(file) as tiff:
             page = tiff.pages.first
             if not page.dataoffsets or sum(page.databytecounts) > file.stat().st_size:
                 raise ValueError("its pixels are missing")
             return page.shape, np.dtype(page.dtype)
+
+
+def _mode(image: Image.Image) -> str:
+    """The mode of an image's grey values or colours; with a palette, of those that its pixels stand for."""
+    if image.mode != "P":
+        return image.mode
+    image.info.pop("transparency", None)  # of which Pillow warns, and which slices of one stack need not share
+    palette = np.frombuffer(image.palette.palette, np.uint8).reshape(-1, 3)
+    coloured = np.flatnonzero(np.ptp(palette, axis=1))
+    # The pixels are decoded only where the palette holds a colour, which they may not use.
+    used = (entry for _, entry in image.getcolors()) if len(coloured) else ()
+    return "L" if set(coloured.tolist()).isdisjoint(used) else "RGB"
 
 
 def _pages(file: Path) -> int:
@@ -161,7 +174,7 @@ def _pages(file: Path) -> int:
 def _pixels(file: Path) -> np.ndarray:
     if file.suffix.lower() == ".png":
         with Image.open(file) as image:
-            return np.asarray(image)
+            return np.asarray(image.convert(_mode(image)))
     with tifffile.TiffFile(file) as tiff:
         return tiff.pages.first.asarray()
 
