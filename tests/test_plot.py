@@ -50,6 +50,22 @@ def rendered(figure):
     return np.asarray(canvas.buffer_rgba()).astype(int)
 
 
+@pytest.mark.parametrize("spacing", [None, (2.0, 0.7, 0.4)])
+def test_a_part_of_a_stack_is_drawn_where_it_lies_in_the_whole(spacing):
+    volume, tree = l_shape(spacing)
+    start = np.array([1, 3, 4])
+    part = Volume(volume.voxels[1:, 3:, 4:], spacing)
+    whole, cut = draw_reconstruction(volume, tree), draw_reconstruction(part, tree, start=start)
+    for name in VIEWS:
+        ours, theirs = (lines_of(axes_of(figure, f"tree {name}")).get_segments() for figure in (cut, whole))
+        np.testing.assert_allclose(np.concatenate(ours), np.concatenate(theirs))
+        ours, theirs = (axes_of(figure, f"tree {name}").images[0].get_extent() for figure in (cut, whole))
+        assert [abs(one - other) > 1e-9 for one, other in zip(ours, theirs, strict=True)] == [True, False, False, True]
+    step = 1.0 if spacing is None else spacing[0]
+    bar = next(ax for ax in cut.axes if "depth z" in ax.get_ylabel())
+    assert sorted(bar.get_ylim()) == pytest.approx([0.5 * step, 10.5 * step])
+
+
 @pytest.mark.parametrize("spacing", [None, (2.0, 0.7, 0.4), (0.3, 1.0, 0.5)])
 @pytest.mark.parametrize("unit", ["voxel", "um"])
 def test_the_line_passes_through_the_centres_of_bright_pixels_in_every_view(spacing, unit):

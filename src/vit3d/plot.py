@@ -5,6 +5,7 @@ it (sharing x). y points down, as the stack is stored. The centre of voxel i lie
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,10 +58,10 @@ class _Box:
     unit: str
 
     @classmethod
-    def of_volume(cls, volume: Volume) -> "_Box":
-        """From the outer face of the first voxel to that of the last."""
-        step = np.array(volume.spacing_um or (1.0, 1.0, 1.0))
-        return cls(-0.5 * step, (np.array(volume.shape) - 0.5) * step, "um" if volume.spacing_um else "voxel")
+    def of_volume(cls, volume: Volume, start: Sequence[int] = (0, 0, 0)) -> "_Box":
+        """From the outer face of the first voxel, number `start` of a larger stack, to that of the last."""
+        step, first = np.array(volume.spacing_um or (1.0, 1.0, 1.0)), np.array(start) - 0.5
+        return cls(first * step, (first + volume.shape) * step, "um" if volume.spacing_um else "voxel")
 
     @classmethod
     def of_trees(cls, *trees: NeuronTree) -> "_Box":
@@ -82,16 +83,19 @@ def plot_reconstruction(
     probability: Volume | None = None,
     gold: NeuronTree | None = None,
     polarity: str = "bright",
+    start: Sequence[int] = (0, 0, 0),
 ) -> None:
     """Write one PNG: the stack's projections, and beside them the same with the tree over it.
 
     `probability` and `gold` each add a panel of their own. `polarity="dark"` (dark neurites on a bright
-    ground) projects the minimum. The file appears under its name only when it is whole. ValueError: a path
+    ground) projects the minimum. `start` (z, y, x): which voxel of the stack that the trees lie in is the first of
+    `volume`. The file appears under its name only when it is whole. ValueError: a path
     that is no .png, a probability of another shape, a tree whose unit does not fit a stack without spacing.
     The title begins with the file's name.
     """
     name = Path(path).stem
-    _save(draw_reconstruction(volume, tree, probability=probability, gold=gold, polarity=polarity, name=name), path)
+    beside = {"probability": probability, "gold": gold, "polarity": polarity, "start": start}
+    _save(draw_reconstruction(volume, tree, **beside, name=name), path)
 
 
 def draw_reconstruction(
@@ -101,11 +105,12 @@ def draw_reconstruction(
     probability: Volume | None = None,
     gold: NeuronTree | None = None,
     polarity: str = "bright",
+    start: Sequence[int] = (0, 0, 0),
     name: str = "",
 ) -> Figure:
     """The figure that `plot_reconstruction` writes; `name`, of the stack, begins its title."""
     _check(volume, probability, polarity)
-    box = _Box.of_volume(volume)
+    box = _Box.of_volume(volume, start)
     panels = [("image", volume, None), ("probability", probability, None), ("tree", volume, tree)]
     panels += [("gold", None if gold is None else volume, gold)]
     panels = [panel for panel in panels if panel[1] is not None]

@@ -55,8 +55,9 @@ class Reconstruction:
             write_review(reviews_in(unit, self.reviews, self.tree), whole / f"{name}_review.csv", unit)
             if not on_disk:
                 write_volume(self.probability, whole / f"{name}_probability.tif")
-            here, picture = place(self.tree, self.box, -1), whole / f"{name}.png"
-            plot_reconstruction(self.volume, here, picture, probability=self.probability, polarity=self.polarity)
+            shown = {"probability": self.probability, "polarity": self.polarity}
+            shown["start"] = [axis.start or 0 for axis in self.box]
+            plot_reconstruction(self.volume, self.tree, whole / f"{name}.png", **shown)
             # the list first, by which a run after a kill knows its own; trees last: then all is there
             order = (".csv", ".tif", ".png", ".swc")
             written = sorted(whole.iterdir(), key=lambda path: order.index(path.suffix))
@@ -284,9 +285,9 @@ def _allowed(probability: Volume, mask: Volume | None) -> Volume:
     return probability if mask is None else masked(probability, on_grid_of(mask, probability).voxels)
 
 
-def place(tree: NeuronTree, box: Box, direction: int = 1) -> NeuronTree:
-    """A tree of a box in the coordinates of the full stack (or back, with `direction=-1`)."""
-    return tree.shifted(direction * _offset(tree, box))
+def place(tree: NeuronTree, box: Box) -> NeuronTree:
+    """A tree of a box in the coordinates of the full stack."""
+    return tree.shifted(_offset(tree, box))
 
 
 def placed_reviews(reviews: list[Review], tree: NeuronTree, box: Box) -> list[Review]:
