@@ -137,7 +137,9 @@ def test_sholl_counts_what_crosses_each_sphere():
 def test_the_volume_of_a_cylinder_and_of_a_cone():
     assert_allclose(volume(NeuronTree([[0, 0, 0], [0, 0, 6]], [2, 2], [-1, 0])), np.pi * 4 * 6)
     assert_allclose(volume(NeuronTree([[0, 0, 0], [0, 0, 6]], [2, 0], [-1, 0])), np.pi * 4 * 6 / 3)
-    assert volume(NeuronTree([[0, 0, 0], [0, 0, 6]], [2, 2], [-1, 0], [1, 2])) == 0
+    assert_allclose(volume(NeuronTree([[0, 0, 0], [0, 0, 6]], [5, 2], [-1, 0], [1, 2])), np.pi * 4 * 1)
+    assert_allclose(volume(NeuronTree([[0, 0, 6], [0, 0, 0]], [2, 5], [-1, 0], [2, 1])), np.pi * 4 * 1)
+    assert volume(NeuronTree([[0, 0, 0], [0, 0, 6]], [2, 2], [-1, 0], [1, 1])) == 0
 
 
 def test_measure_names_the_unit_and_takes_any_tree():

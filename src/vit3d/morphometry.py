@@ -118,11 +118,14 @@ def sholl(tree: NeuronTree, step: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def volume(tree: NeuronTree) -> float:
-    """Sum of the edges as frusta; edges that touch a soma aside."""
+    """Sum of the edges as frusta, of those to a soma what lies outside of it, as thick as the neurite begins there."""
     child, parent = tree.edges, tree.parents[tree.edges]
-    is_neurite = (tree.types[child] != SOMA) & (tree.types[parent] != SOMA)
-    r1, r2 = tree.radii[child], tree.radii[parent]
-    return float((np.pi / 3 * tree.edge_lengths * (r1 * r1 + r1 * r2 + r2 * r2))[is_neurite].sum())
+    one, other = tree.radii[child], tree.radii[parent]
+    one, other = (
+        np.where(tree.types[child] == SOMA, other, one),
+        np.where(tree.types[parent] == SOMA, one, other),
+    )
+    return float((np.pi / 3 * tree.cable_lengths * (one * one + one * other + other * other)).sum())
 
 
 def measure(tree: NeuronTree) -> dict[str, float]:
@@ -144,7 +147,7 @@ def measure(tree: NeuronTree) -> dict[str, float]:
         "branch_points": tree.num_branch_points,
         "max_branch_order": int(branch_orders(tree).max(initial=0)),
         "strahler": strahler_number(tree),
-        f"volume_{unit}3": volume(tree),
+        f"volume_{unit}3": volume(whole),
         f"mean_radius_{unit}": float(tree.radii[neurite].mean()) if neurite.any() else 0.0,
         f"max_path_{unit}": float(path_sums(tree, cable[rows]).max(initial=0)),
     }
