@@ -334,7 +334,10 @@ def trace(
     polarity: Annotated[str, typer.Option(help="bright, or dark: neurites on a bright ground.")] = "bright",
     threshold: Annotated[
         str,
-        typer.Option(help="Foreground lies above it: a number, auto, or intensity (grey levels, even from 0 to 1)."),
+        typer.Option(
+            help="Foreground lies above it: a number, auto, or intensity (grey levels, even from 0 to 1); with "
+            "--polarity dark a number counts down from the brightest voxel."
+        ),
     ] = "auto",
     crop: Crop = None,
     mask: Mask = None,
