@@ -491,7 +491,7 @@ def test_what_cannot_be_trained_on_is_left_out_and_where_that_is_all_it_is_refus
     rows = [row("good", folder), row("bad", folder)]
     with pytest.warns(UserWarning, match="Left out of training: bad: .*y is flipped"):
         volumes, weights = training_volumes(silent, rows, CONFIG, tmp_path / "store")
-    assert ([volume.name for volume in volumes], weights) == (["good"], [1 - config.simulated_share])
+    assert ([volume.name for volume in volumes], weights) == (["good"], [1.0])  # nothing is simulated
     write_swc(replace(tree, points=tree.points * 3), folder / "bad.swc", unit="voxel")
     (folder / "broken.tif").write_bytes((folder / "good.tif").read_bytes()[:1000])
     (folder / "broken.swc").write_bytes((folder / "good.swc").read_bytes())
