@@ -243,33 +243,6 @@ def test_ignored_labels_stay_ignored():
     assert ignored > 0
 
 
-def test_dim_neighbours_are_cells_of_any_volume_and_background():
-    shape = (20, 60, 70)
-    slab = np.zeros(shape, np.int8)
-    slab[:, :18] = 1
-    processor = ViT3DImageProcessor.from_config(CONFIG)
-    cells = [
-        TrainingVolume.prepare(name, np.where(labels == 1, 200, 20).astype(np.uint8), labels, processor)
-        for name, labels in (("fibre", fibre(shape).astype(np.int8)), ("slab", slab))
-    ]
-    dim = Augmentation.none(neighbours=1)
-    both, plain = (crops(CONFIG, cells, length=40, augmentation=varied) for varied in (dim, NOTHING))
-    alone = crops(CONFIG, cells[:1], length=40, augmentation=dim)
-    fibres = [i for i in range(40) if both.name_of(i) == "fibre"]
-
-    ground = plain[fibres[0]]["pixel_values"].min()
-
-    def lifted(item) -> float:
-        return float((item["pixel_values"] > ground + 0.02).float().mean())
-
-    assert np.median([lifted(both[i]) for i in fibres]) > 0.5
-    assert max(lifted(alone[i]) for i in range(40)) < 0.5
-    for i in fibres:
-        told, before = both[i]["labels"], plain[i]["labels"]
-        known = (told != IGNORED) & (before != IGNORED)
-        assert torch.equal(told[known], before[known])
-
-
 def test_volumes_are_drawn_by_their_weight():
     volumes = [training_volume(), training_volume(shape=(8, 32, 32))]
     processor = ViT3DImageProcessor.from_config(CONFIG)

@@ -1,6 +1,5 @@
 """How a crop is varied in training: where its voxels lie, and how bright they are. Arrays are (Z, Y, X)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -17,9 +16,9 @@ class Augmentation:
     plane, by any angle. stretch: in depth, as if slices lay closer together or further apart. expose: brightness
     and black level. gamma: dim neurites against bright ones. noise, blur. drop_slices: one or two slices are
     blank or repeat their neighbour. polarity: the crop as it would look in the other kind of microscope, dark
-    neurites on a bright ground for fluorescence. crowd: cells out of focus. neighbours: sharp neurites of the
-    cells of other crops, many and far dimmer. stripes: shadows of a light sheet. texture: clumped noise. speckle:
-    of coherent light. sharpen: rings around what is bright.
+    neurites on a bright ground for fluorescence. crowd: cells out of focus. neighbours: sharp neurites of other
+    cells, many and far dimmer. stripes: shadows of a light sheet. texture: clumped noise. speckle: of coherent
+    light. sharpen: rings around what is bright.
     """
 
     flip: float = 0.5
@@ -120,16 +119,16 @@ def vary_intensity(
     statistics: IntensityStatistics,
     rng: np.random.Generator,
     augmentation: Augmentation = DEFAULT,
-    other_cells: Callable[[], np.ndarray] | None = None,
 ) -> tuple[np.ndarray, IntensityStatistics]:
     """The same crop from another microscope, and the statistics that its volume would then have.
 
     Works on light: 0 in the background, 1 on a bright neurite, whatever the polarity of the stack.
-
-    other_cells: the `light_of` another crop of this shape, a new one with each call; the crop itself if None.
     """
-    own = light_of(voxels, statistics)
-    light = _with_artefacts(own, other_cells or (lambda: own), rng, augmentation)
+    light = (voxels.astype(np.float32) - np.float32(statistics.background)) * np.float32(statistics.sign)
+    light /= np.float32(statistics.contrast)
+    if statistics.fill is not None:
+        light[voxels == statistics.fill] = 0
+    light = _with_artefacts(light, rng, augmentation)
     if rng.random() < augmentation.blur:
         width = rng.uniform(0.4, 1.2)
         light = ndimage.gaussian_filter(light, (rng.uniform(0, 0.5), width, width), truncate=3)
@@ -161,16 +160,7 @@ def vary_intensity(
     )
 
 
-def light_of(voxels: np.ndarray, statistics: IntensityStatistics) -> np.ndarray:
-    """0 in the background and where nothing was imaged, 1 on a bright neurite, whatever the polarity. float32."""
-    light = (voxels.astype(np.float32) - np.float32(statistics.background)) * np.float32(statistics.sign)
-    light /= np.float32(statistics.contrast)
-    if statistics.fill is not None:
-        light[voxels == statistics.fill] = 0
-    return light
-
-
-def _with_artefacts(light: np.ndarray, other_cells, rng: np.random.Generator, augmentation: Augmentation) -> np.ndarray:
+def _with_artefacts(light: np.ndarray, rng: np.random.Generator, augmentation: Augmentation) -> np.ndarray:
     """What is no neurite, in the order in which light meets it: cells, optics, detector, software."""
     haze = np.float32(rng.uniform(0, 0.3))  # unstructured light that the statistics took for background
     if rng.random() < augmentation.crowd:
@@ -181,8 +171,8 @@ def _with_artefacts(light: np.ndarray, other_cells, rng: np.random.Generator, au
         glow = ndimage.gaussian_filter(others, (rng.uniform(1.5, 4), width, width), mode="wrap", truncate=3)
         light = light + np.float32(rng.uniform(0.1, 1.0)) * glow / max(np.float32(np.percentile(glow, 99.5)), 1e-3)
     if rng.random() < augmentation.neighbours:
-        cells = [_elsewhere(np.clip(other_cells(), 0, None), rng) for _ in range(rng.integers(2, 6))]
-        light = light + np.float32(np.exp(rng.uniform(np.log(0.04), np.log(0.25)))) * np.clip(sum(cells), 0, 2)
+        copies = [_elsewhere(light, rng) for _ in range(rng.integers(2, 6))]
+        light = light + np.float32(np.exp(rng.uniform(np.log(0.04), np.log(0.25)))) * np.clip(sum(copies), 0, 2)
     if rng.random() < augmentation.stripes:
         light = (light + haze) * _stripes(light.shape, rng) - haze
     if rng.random() < augmentation.speckle:

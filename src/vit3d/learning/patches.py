@@ -14,7 +14,7 @@ import torch
 from ..model.image_processing_vit3d import ViT3DImageProcessor
 from ..model.intensity_vit3d import FAINT_SHARE, IntensityStatistics
 from ..targets import IGNORED
-from .augmentation import DEFAULT, Augmentation, light_of, resample, vary_geometry, vary_intensity, vary_orientation
+from .augmentation import DEFAULT, Augmentation, resample, vary_geometry, vary_intensity, vary_orientation
 
 NEURITE_SHARE = 0.8  # of the crops are centred on a neurite, the rest on anything that looks like one
 MAX_TOKENS = 256  # kept patches per window: a bound on the cost of a step, which pads all windows to the longest
@@ -129,12 +129,12 @@ class CropDataset(torch.utils.data.Dataset):
     def name_of(self, index: int) -> str:
         """The volume that crop `index` is cut from."""
         rng = self._generator(index)
-        return self._some_volume(rng).name
+        return self.volumes[rng.choice(len(self.volumes), p=self.shares)].name
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Counted from the end where `index` is negative. IndexError: there are not so many, which ends a `for`."""
         rng = self._generator(index)
-        volume = self._some_volume(rng)
+        volume = self.volumes[rng.choice(len(self.volumes), p=self.shares)]
         window = tuple(self._crop_size)
         matrix, read = vary_geometry(window, rng, self.augmentation)
         start = self._choose_start(volume, rng) - (np.array(read) - window) // 2
@@ -146,9 +146,7 @@ class CropDataset(torch.utils.data.Dataset):
             voxels = resample(voxels, matrix, window, smooth=True)
             labels, mask = (resample(array, matrix, window, smooth=False) for array in (labels, mask))
         lit = self._lit(voxels, volume.statistics)
-        voxels, statistics = vary_intensity(
-            voxels, volume.statistics, rng, self.augmentation, lambda: self._light_anywhere(rng)
-        )
+        voxels, statistics = vary_intensity(voxels, volume.statistics, rng, self.augmentation)
         mask = mask | (self._lit(voxels, statistics) & ~lit)
         pixel_values = self.processor.pixel_values(voxels, statistics)
         pixel_values, labels, mask = vary_orientation((pixel_values, labels, mask), rng, self.augmentation)
@@ -165,15 +163,6 @@ class CropDataset(torch.utils.data.Dataset):
             return windows[0]
         stacked = {name: torch.stack([window[name] for window in windows]) for name in windows[0]}
         return {**stacked, "places": torch.from_numpy(places)}
-
-    def _some_volume(self, rng: np.random.Generator) -> TrainingVolume:
-        return self.volumes[rng.choice(len(self.volumes), p=self.shares)]
-
-    def _light_anywhere(self, rng: np.random.Generator) -> np.ndarray:
-        """What another crop shows: cells that are not this one's."""
-        volume = self._some_volume(rng)
-        voxels = _cut(volume.voxels, self._choose_start(volume, rng), self._crop_size, None)
-        return light_of(voxels, volume.statistics)
 
     def _lit(self, voxels: np.ndarray, statistics) -> np.ndarray:
         """Voxels of the bright patches. Those that a variation makes bright no mask holds, and a network that never saw
