@@ -193,6 +193,17 @@ def test_a_real_process_refuses_a_bad_stack_too(tmp_path, what):
     assert files(tmp_path) == before
 
 
+def test_one_damaged_chunk_among_many_is_told_in_one_line(tmp_path):
+    path = written(tmp_path / "a.zarr", np.random.default_rng(0).integers(0, 255, (128, 256, 256), np.uint8))
+    shard = path / "0/c/0/0/0"
+    data = bytearray(shard.read_bytes())
+    data[1000] ^= 1
+    shard.write_bytes(data)
+    run = process("trace", path, tmp_path / "a.swc")  # what is still being read complains as the process ends
+    assert (run.returncode, len(run.stderr.splitlines())) == (2, 1), run.stderr
+    assert re.search(r"a\.zarr/0 cannot be read .*checksum", run.stderr)
+
+
 # ------------------------------------------------------------ flags that do not fit
 
 

@@ -734,6 +734,9 @@ def main(arguments: list[str] | None = None) -> None:
     except _UsageError as error:
         if said := " ".join(error.format_message().split()).rstrip("."):  # nothing, where help was shown instead
             _complain(f"{said}; `{error.ctx.command_path if error.ctx else 'vit3d'} --help` shows what it takes.")
+    finally:
+        if zarr_store := sys.modules.get(f"{__package__}.formats.zarr_store"):  # nothing is loaded for it
+            zarr_store.end_reads()
     sys.exit(2)
 
 

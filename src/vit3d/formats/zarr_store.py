@@ -1,5 +1,6 @@
 """Zarr stores, local or at a URL: OME-Zarr images and plain arrays, of Zarr versions 2 and 3."""
 
+import asyncio
 import re
 import time as clock
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import zarr
 import zarr.errors
+from zarr.core.sync import sync
 
 from .axes import SpacingUm, checked_spacing, stack_index
 from .chunk_check import refuse_missing_chunks
@@ -61,6 +63,19 @@ def open_zarr(
     check_declared(where, array.shape, array.dtype, array.chunks)
     index = stack_index(chosen.axes, array.shape, where, channel, time)
     return ZarrVoxels(array, index, where, missing_as_fill), chosen.spacing_um
+
+
+def end_reads() -> None:
+    """Call off what is being read. Of a read that fails Zarr leaves the other chunks under way, and of each that the
+    end of the program finds there Python prints a traceback."""
+    sync(_called_off())
+
+
+async def _called_off() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def _node(where: str) -> zarr.Group | zarr.Array:
