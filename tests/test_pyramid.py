@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import zarr
 
 from vit3d.formats import pyramid
 from vit3d.formats.lazy_voxels import ChangedVoxels
-from vit3d.formats.pyramid import build_pyramid, has_pyramid
+from vit3d.formats.pyramid import build_pyramid, has_pyramid, pyramid_damage
 from vit3d.volume import Volume, open_volume, read_volume, write_volume
 
 SPACING = (1.0, 0.33, 0.33)
@@ -193,6 +194,43 @@ def test_a_pyramid_that_breaks_off_leaves_a_store_that_opens(tmp_path, monkeypat
     assert not has_pyramid(path)
     assert not [file for file in path.rglob("*.partial")]
     assert (read_volume(path).voxels == noise()).all()
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def halve(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    "harm, said", [(Path.unlink, "is missing"), (flip, "cannot be read"), (halve, "cannot be read")]
+)
+@pytest.mark.parametrize("file", ["1/c/0/0/1", "2/c/0/0/0"])
+def test_damage_of_a_coarser_level_is_named_and_written_anew(tmp_path, file, harm, said):
+    path = written(tmp_path / "a.zarr", noise((20, 70, 600)))
+    build_pyramid(path)
+    assert has_pyramid(path)
+    before = {each: each.read_bytes() for each in path.rglob("*") if each.is_file()}
+    harm(path / file)
+    ((named, damage),) = pyramid_damage(path)
+    assert (named, damage.startswith(said)) == (path / file, True)
+    assert not has_pyramid(path)
+    build_pyramid(path)
+    assert {each: each.read_bytes() for each in path.rglob("*") if each.is_file()} == before
+
+
+def test_a_coarser_level_that_is_gone_is_named_by_its_metadata(tmp_path):
+    path = written(tmp_path / "a.zarr")
+    build_pyramid(path)
+    shutil.rmtree(path / "2")
+    (path / "1/zarr.json").write_text("{")
+    (first, unread), (second, missing) = pyramid_damage(path)
+    assert (first, second, missing) == (path / "1/zarr.json", path / "2/zarr.json", "is missing")
+    assert unread.startswith("cannot be read")
 
 
 def test_what_has_no_image_gets_no_pyramid(tmp_path):

@@ -371,6 +371,21 @@ def test_out_of_core_again_goes_on_and_gives_the_same(vit3d, tmp_path):
     assert names(tmp_path / "o") == ON_DISK
 
 
+def test_a_damaged_coarser_level_is_named_by_verify_and_written_anew_by_the_next_run(vit3d, tmp_path):
+    path = written(tmp_path / "a.tif", np.pad(y_stack(), ((0, 0), (0, 0), (0, 60))))
+    store = tmp_path / "o" / "a_probability.zarr"
+    assert vit3d(*on_disk(path, "--out", tmp_path / "o"))[0] == 0
+    assert vit3d("segment", "--verify", store) == (0, f"{store} is whole.\n", "")
+    shard = store / "1/c/0/0/0"
+    whole = shard.read_bytes()
+    for damaged, said in ((None, "is missing"), (bytes([whole[0] ^ 1]) + whole[1:], "cannot be read")):
+        shard.unlink() if damaged is None else shard.write_bytes(damaged)
+        status, printed, _ = vit3d("segment", "--verify", store)
+        assert (status, printed.startswith(f"{shard} {said}")) == (1, True), printed
+        assert vit3d(*on_disk(path, "--out", tmp_path / "o"))[0] == 0
+        assert shard.read_bytes() == whole
+
+
 def test_out_of_core_keeps_to_the_mask_and_the_crop(vit3d, tmp_path):
     inside = np.zeros(y_stack().shape, np.uint8)
     inside[:, :, :40] = 7

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..arguments import make_room, new_folder, notice_spacing
 from ..checkpoint import DEFAULT_MODEL, device_of, load_checkpoint
+from ..formats.pyramid import pyramid_damage
 from ..regridding import warn_of_coarse_voxels
 from ..volume import open_volume
 from .block_store import BlockStore, partial_path
@@ -59,7 +60,8 @@ def _check_apart(source: str, out: Path) -> None:
 
 
 def damage_report(out: Path) -> list[str]:
-    """One line per damaged or missing file of a finished (or growing) store; none when it is whole."""
+    """One line per damaged or missing file of a finished (or growing) store, also of its coarser levels; none when it
+    is whole."""
     folder = out if out.exists() else partial_path(out)
     if not folder.exists():
         raise FileNotFoundError(f"{out} does not exist, and neither does {partial_path(out).name}.")
@@ -67,4 +69,5 @@ def damage_report(out: Path) -> list[str]:
     checked = ((index, damage) for index, damage in store.verify() if damage)
     lines = [f"{folder / store.file_of(index)} {damage}" for index, damage in checked]
     metadata = store.metadata_damage()
-    return lines + ([f"{folder / '0' / 'zarr.json'} {metadata}"] if metadata else [])
+    lines += [f"{folder / '0' / 'zarr.json'} {metadata}"] if metadata else []
+    return lines + [f"{file} {damage}" for file, damage in pyramid_damage(folder)]

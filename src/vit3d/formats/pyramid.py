@@ -68,9 +68,38 @@ def build_pyramid(store: str | Path, *, method: str = "max") -> list[SpacingUm |
 
 
 def has_pyramid(store: Path) -> bool:
-    """Whether `build_pyramid` has been through with a store."""
+    """Whether `build_pyramid` has been through with a store, and every coarser level is what it wrote."""
     image = _attributes(store).get("ome", {}).get("multiscales", [{}])[0]
-    return image.get("type") in METHODS
+    return image.get("type") in METHODS and next(pyramid_damage(store), None) is None
+
+
+def pyramid_damage(store: Path) -> Iterator[tuple[Path, str]]:
+    """(file, what is wrong with it) of every damaged or missing file of the coarser levels; all of them are read."""
+    for level in levels_of(_attributes(store), store)[1:]:
+        folder = store / level.path
+        try:
+            array = zarr.open_array(folder, mode="r")
+        except Exception as error:  # of many kinds: for what is no JSON, and for what it should not say
+            metadata = folder / "zarr.json"
+            yield metadata, f"cannot be read ({error})" if metadata.exists() else "is missing"
+            continue
+        edges = array.shards or array.chunks
+        for box in _progress(_boxes(array.shape, edges), array.shape, edges, f"check level {level.path}"):
+            index = tuple(b.start // edge for b, edge in zip(box, edges, strict=True))
+            file = folder / array.metadata.encode_chunk_key(index)
+            if damage := _damage_of(file, array, box):
+                yield file, damage
+
+
+def _damage_of(file: Path, array: zarr.Array, box: Box) -> str | None:
+    """Of a shard, which holds the box; a missing one would be read as zeros."""
+    if not file.exists():
+        return "is missing"
+    try:
+        array[box]
+    except Exception as error:  # whatever a codec makes of other bytes
+        return f"cannot be read ({error})"
+    return None
 
 
 def _factors(shape: tuple[int, ...], spacing_um: SpacingUm | None) -> Iterator[_Factor]:
