@@ -800,6 +800,21 @@ def test_where_there_is_no_room_that_is_said_and_nothing_is_left(tmp_path, check
     assert files(tmp_path) == {"a.tif"}
 
 
+def test_a_trace_whose_tree_finds_no_room_leaves_the_earlier_list_beside_the_earlier_tree(tmp_path):
+    broken, swc = stack(), tmp_path / "o" / "a.swc"
+    broken[:, :, 40:60] = 10
+    first, second = written(tmp_path / "a.tif"), written(tmp_path / "b.tif", broken)
+    small = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); "
+    for earlier in (False, True):
+        if earlier:
+            assert process("trace", first, swc).returncode == 0
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        run = process("trace", second, swc, code=small + "from vit3d.cli import main; main()")
+        assert (run.returncode, "There is no room left" in run.stderr) == (2, True), run.stderr
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+        assert swc.parent.exists() == earlier
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_who_is_told_to_stop_leaves_nothing_half_written(tmp_path, checkpoint, number):

@@ -365,7 +365,7 @@ def trace(
     """
     from .model.intensity_vit3d import measure as measure_stack
     from .reconstruction import fits_in_memory, reviews_in, trace_part
-    from .results import refuse_foreign, swc_files, tell_of_earlier, write_review
+    from .results import all_or_none, refuse_foreign, swc_files, tell_of_earlier, write_review
     from .tree import write_swc
 
     if polarity not in ("bright", "dark"):
@@ -388,11 +388,12 @@ def trace(
         forest=forest,
     )
     unit = unit or tree.unit
-    write_review(reviews_in(unit, reviews, tree), make_room(out).with_name(out.stem + "_review.csv"), unit)
-    files = dict(swc_files(tree, out, forest))
-    for path, part in files.items():
-        write_swc(part, path, unit=unit)
-    tell_of_earlier(out, {path.name for path in files})
+    with all_or_none(out.parent, out.stem) as whole:
+        write_review(reviews_in(unit, reviews, tree), whole / f"{out.stem}_review.csv", unit)
+        for path, part in swc_files(tree, whole / out.name, forest):
+            write_swc(part, path, unit=unit)
+        written = {path.name for path in whole.iterdir()}
+    tell_of_earlier(out, written)
     if polarity == "bright" and len(tree) <= 1 and measure_stack(volume.voxels).polarity == "dark":
         warnings.warn("The neurites seem dark on a bright ground: --polarity dark follows them.", stacklevel=1)
     typer.echo(as_table([{"name": out.stem, **summary(tree), "review": len(reviews)}]))

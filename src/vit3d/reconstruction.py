@@ -1,12 +1,8 @@
 """The main job, composed of the verbs: stack -> probability -> tree, and the files a person wants of it."""
 
 import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -15,7 +11,7 @@ from .centerlines.threshold import LIKELY, find_threshold
 from .formats.lazy_voxels import ChangedVoxels, LazyVoxels, VoxelsWithin, pieces
 from .model.intensity_vit3d import fill_level
 from .regridding import as_trained, on_grid_of
-from .results import WRITTEN_BESIDE, refuse_foreign, swc_files, tell_of_earlier, write_review
+from .results import WRITTEN_BESIDE, all_or_none, refuse_foreign, swc_files, tell_of_earlier, write_review
 from .tracing import MIN_VOXELS, Review, check_lengths, trace_with_review
 from .tree import NeuronTree, write_swc
 from .volume import SUFFIXES, Volume, box_in, is_stack, is_url, named_stacks, open_volume, stack_name, write_volume
@@ -48,8 +44,7 @@ class Reconstruction:
         swc, on_disk = out / f"{name}.swc", isinstance(self.probability.voxels, LazyVoxels)
         refuse_foreign(swc, forest, WRITTEN_BESIDE[: 1 if on_disk else None])
         unit = swc_unit or self.tree.unit
-        with _made(out), TemporaryDirectory(prefix=f".{name}.", suffix=".partial", dir=out) as folder:
-            whole = Path(folder)
+        with all_or_none(out, name) as whole:
             for path, tree in swc_files(self.tree, whole / swc.name, forest):
                 write_swc(tree, path, unit=unit)
             write_review(reviews_in(unit, self.reviews, self.tree), whole / f"{name}_review.csv", unit)
@@ -58,26 +53,8 @@ class Reconstruction:
             shown = {"probability": self.probability, "polarity": self.polarity}
             shown["start"] = [axis.start or 0 for axis in self.box]
             plot_reconstruction(self.volume, self.tree, whole / f"{name}.png", **shown)
-            # the list first, by which a run after a kill knows its own; trees last: then all is there
-            order = (".csv", ".tif", ".png", ".swc")
-            written = sorted(whole.iterdir(), key=lambda path: order.index(path.suffix))
-            for path in written:
-                os.replace(path, out / path.name)
-        tell_of_earlier(swc, {path.name for path in written}, ("_probability.tif" if on_disk else "_probability.zarr",))
-
-
-@contextmanager
-def _made(folder: Path) -> Iterator[None]:
-    """The folder; a new one goes again where nothing came into it."""
-    new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        if new:
-            with suppress(OSError):  # it is not empty
-                folder.rmdir()
-        raise
+            written = {path.name for path in whole.iterdir()}
+        tell_of_earlier(swc, written, ("_probability.tif" if on_disk else "_probability.zarr",))
 
 
 def reconstruct(

@@ -2,11 +2,13 @@
 
 import codecs
 import csv
+import os
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import tifffile
 from PIL import Image
@@ -19,6 +21,8 @@ from .tree import NeuronTree
 
 WRITTEN_BESIDE = (".png", "_probability.tif")  # the tree NAME.swc, NAME with these endings
 _REVIEW_STARTS = b"kind,x_"
+# the list first, by which a run after a kill knows its own; trees last: then all is there
+_ORDER = (".csv", ".tif", ".png", ".swc", ".eswc")
 
 
 def refuse_foreign(swc: Path, forest: bool, beside: tuple[str, ...] = (), *, is_named: bool = False) -> None:
@@ -35,6 +39,29 @@ def refuse_foreign(swc: Path, forest: bool, beside: tuple[str, ...] = (), *, is_
         raise ValueError(
             f"{path} is no result of an earlier run and would be lost; choose another place for what is written."
         )
+
+
+@contextmanager
+def all_or_none(out: Path, name: str) -> Iterator[Path]:
+    """A hidden folder for the results of the stack `name`: they get into the folder `out` when all are written."""
+    with _made(out), TemporaryDirectory(prefix=f".{name}.", suffix=".partial", dir=out) as folder:
+        yield Path(folder)
+        for path in sorted(Path(folder).iterdir(), key=lambda path: _ORDER.index(path.suffix)):
+            os.replace(path, out / path.name)
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """The folder; a new one goes again where nothing came into it."""
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if new:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+        raise
 
 
 def tell_of_earlier(swc: Path, written: set[str], beside: tuple[str, ...] = ()) -> None:
