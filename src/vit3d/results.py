@@ -2,8 +2,11 @@
 
 import codecs
 import csv
+import json
 import os
 import re
+import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +16,7 @@ from tempfile import TemporaryDirectory
 import tifffile
 from PIL import Image
 
+from .blockwise.leases import is_dead, this_process
 from .formats.appearing import appearing
 from .formats.tiff import SOFTWARE
 from .swc import written_here
@@ -23,6 +27,8 @@ WRITTEN_BESIDE = (".png", "_probability.tif")  # the tree NAME.swc, NAME with th
 _REVIEW_STARTS = b"kind,x_"
 # the list first, by which a run after a kill knows its own; trees last: then all is there
 _ORDER = (".csv", ".tif", ".png", ".swc", ".eswc")
+_OWNER = "owner.json"
+_SILENT_S = 24 * 3600.0  # a picture of a stack on disk is drawn for hours without a word
 
 
 def refuse_foreign(swc: Path, forest: bool, beside: tuple[str, ...] = (), *, is_named: bool = False) -> None:
@@ -43,11 +49,36 @@ def refuse_foreign(swc: Path, forest: bool, beside: tuple[str, ...] = (), *, is_
 
 @contextmanager
 def all_or_none(out: Path, name: str) -> Iterator[Path]:
-    """A hidden folder for the results of the stack `name`: they get into the folder `out` when all are written."""
-    with _made(out), TemporaryDirectory(prefix=f".{name}.", suffix=".partial", dir=out) as folder:
-        yield Path(folder)
-        for path in sorted(Path(folder).iterdir(), key=lambda path: _ORDER.index(path.suffix)):
-            os.replace(path, out / path.name)
+    """A hidden folder for the results of the stack `name`: they get into the folder `out` when all are written.
+
+    What processes that were killed left of their own such folders is cleared.
+    """
+    with _made(out):
+        _clear_abandoned(out, name)
+        with TemporaryDirectory(prefix=f".{name}.", suffix=".partial", dir=out) as folder:
+            Path(folder, _OWNER).write_text(json.dumps(this_process()))
+            whole = Path(folder, "results")
+            whole.mkdir()
+            yield whole
+            for path in sorted(whole.iterdir(), key=lambda path: _ORDER.index(path.suffix)):
+                os.replace(path, out / path.name)
+
+
+def _clear_abandoned(out: Path, name: str) -> None:
+    hidden = re.compile(rf"\.{re.escape(name)}\.\w+\.partial")
+    for folder in out.iterdir():
+        if hidden.fullmatch(folder.name) and _is_abandoned(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_abandoned(folder: Path) -> bool:
+    """Whether its process is known to be dead or, where nobody here can know, wrote nothing for long."""
+    try:
+        owner = json.loads((folder / _OWNER).read_text())
+        silent_s = time.time() - max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+    except (OSError, ValueError):  # it is being made, or going, just now
+        return False
+    return is_dead(owner) or silent_s > _SILENT_S
 
 
 @contextmanager

@@ -23,7 +23,7 @@ class Leases:
 
     def __init__(self, folder: Path, expiry_s: float = EXPIRY_S):
         self.folder, self.expiry_s = folder, expiry_s
-        self._owner = json.dumps({**_process(), "token": uuid.uuid4().hex})
+        self._owner = json.dumps({**this_process(), "token": uuid.uuid4().hex})
         self._held: set[str] = set()
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -87,7 +87,7 @@ class Leases:
             return True
         except ValueError:
             owner = {}
-        return silent_s > self.expiry_s or _is_dead(owner)
+        return silent_s > self.expiry_s or is_dead(owner)
 
     def _remove_abandoned(self, path: Path) -> bool:
         """Move it aside; should that have been a new, live one instead, move it back."""
@@ -120,7 +120,7 @@ class Leases:
                         os.utime(self.folder / name)
 
 
-def _process() -> dict:
+def this_process() -> dict:
     """This process, so that another one on the same machine can tell whether it still lives."""
     return {"machine": _machine(), "pid": os.getpid(), "started": _started(os.getpid())}
 
@@ -143,7 +143,8 @@ def _started(pid: int) -> str | None:
     return None if fields[0] == "Z" else fields[19]
 
 
-def _is_dead(owner: dict) -> bool:
+def is_dead(owner: dict) -> bool:
+    """Whether a process that said itself who it is is known to have ended; of another machine's nothing is known."""
     if owner.get("machine") != _machine():
         return False
     return _started(owner["pid"]) != owner["started"]
