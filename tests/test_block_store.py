@@ -248,6 +248,20 @@ def test_of_many_who_claim_at_once_one_gets_it(tmp_path):
     assert sorted(got) == [False] * 7 + [True]
 
 
+def test_a_lease_is_held_here_while_its_process_lives(tmp_path):
+    process = claim_in_a_process(tmp_path)
+    with Leases(tmp_path) as leases:
+        assert not leases.is_held_here("other")
+        assert leases.is_held_here("box")
+        owner = (tmp_path / "box").read_text()
+        (tmp_path / "box").write_text(json.dumps({**json.loads(owner), "machine": "elsewhere"}))
+        assert not leases.is_held_here("box")
+        (tmp_path / "box").write_text(owner)
+        process.kill()
+        process.wait()
+        assert not leases.is_held_here("box")
+
+
 def test_the_lease_of_a_killed_process_is_free_at_once(tmp_path):
     process = claim_in_a_process(tmp_path)
     with Leases(tmp_path) as leases:

@@ -5,7 +5,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -429,17 +432,65 @@ class Measured:
         return None
 
 
-def test_the_tracing_is_left_to_one_process(vit3d, tmp_path):
-    path = written(tmp_path / "a.tif")
+@pytest.fixture
+def other(tmp_path):
+    """Another process that is tracing, as its lease says."""
     (tmp_path / "o").mkdir()
     with Leases(tmp_path / "o") as leases:
-        assert leases.claim(".a_probability.zarr.tracing")
-        status, printed, said = vit3d(*on_disk(path, "--out", tmp_path / "o"))
-        assert (status, printed) == (0, ""), said
-        assert (tmp_path / "o" / "a_probability.zarr").exists()
-        assert not (tmp_path / "o" / "a.swc").exists()
-    assert vit3d(*on_disk(path, "--out", tmp_path / "o"))[0] == 0
+        assert leases.claim(TRACING)
+        yield leases
+
+
+TRACING = ".a_probability.zarr.tracing"
+WAITS = "vit3d: Another process is tracing a_probability.zarr; should it end without a tree, this one will trace.\n"
+
+
+def test_who_waits_for_a_process_that_gives_up_tracing_traces(vit3d, other, tmp_path):
+    def give_up():
+        while not (tmp_path / "o" / "a_probability.zarr").exists():
+            time.sleep(0.05)
+        time.sleep(2)
+        other.release(TRACING)
+
+    threading.Thread(target=give_up, daemon=True).start()
+    status, printed, said = vit3d(*on_disk(written(tmp_path / "a.tif"), "--out", tmp_path / "o"))
+    assert (status, said.count(WAITS)) == (0, 1)
+    assert "cable_um" in printed
     assert names(tmp_path / "o") == ON_DISK
+
+
+@pytest.mark.slow
+def test_a_process_killed_elsewhere_while_it_traced_is_waited_for_and_then_replaced(vit3d, other, tmp_path):
+    lease = tmp_path / "o" / TRACING
+    owner = json.loads(lease.read_text())
+    other.release(TRACING)
+    lease.write_text(json.dumps({**owner, "machine": "another PID namespace"}))
+    os.utime(lease, (time.time() - 50,) * 2)  # so it counts as held for ten seconds yet
+    status, _, said = vit3d(*on_disk(written(tmp_path / "a.tif"), "--out", tmp_path / "o"))
+    assert (status, said.count(WAITS)) == (0, 1)
+    assert names(tmp_path / "o") == ON_DISK
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_the_tracing_is_done_once_and_waited_for_unless_a_launcher_looks_after_all(tmp_path, ranks):
+    volume, store = open_volume(written(tmp_path / "a.zarr")), tmp_path / "o" / "a_probability.zarr"
+    ended, writing = [], threading.Event()
+
+    def write(_):
+        writing.set()
+        time.sleep(3)  # the others have found the store whole by now
+        ended.append("written")
+
+    def process(rank):
+        run = {"memory_bytes": 2**36, "rank": rank % ranks, "ranks": ranks}
+        if reconstruct_on_disk(Photograph(), volume, store, run=run, write=write) is None:
+            assert writing.wait(60)
+            ended.append("left")
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(3) as processes:
+        warnings.simplefilter("ignore")  # who has to wait says so
+        list(processes.map(process, range(3)))
+    assert ended == (["written", "left", "left"] if ranks == 1 else ["left", "left", "written"])
 
 
 def two_neurites() -> np.ndarray:

@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -174,7 +175,7 @@ def reconstruct(
     What is larger than memory is computed into NAME_probability.zarr by as many processes as are started on it
     (`torchrun --no-python vit3d reconstruct ...`, srun, or the same command several times). Started again, it goes on.
     """
-    from .reconstruction import find_stacks, fits_in_memory, reconstruct_on_disk
+    from .reconstruction import Reconstruction, find_stacks, fits_in_memory, reconstruct_on_disk
     from .reconstruction import reconstruct as run
     from .results import WRITTEN_BESIDE, refuse_foreign
     from .tracing import check_lengths
@@ -206,14 +207,16 @@ def reconstruct(
             refuse_foreign(out / f"{name}.swc", forest, WRITTEN_BESIDE[: 1 if on_disk(volume, box) else None])
             options = {"processor": processor, "box": box, "mask": allowed, "select": select, "regrid": regrid}
             options |= {"threshold": cut, "max_gap_um": max_gap_um, "forest": forest}
+            write = partial(Reconstruction.write, out=out, name=name, swc_unit=unit, forest=forest)
             if on_disk(volume, box):
-                store = out / f"{name}_probability.zarr"
-                result = reconstruct_on_disk(network, volume, store, run=process, **options)
+                result = reconstruct_on_disk(
+                    network, volume, out / f"{name}_probability.zarr", run=process, write=write, **options
+                )
             else:
                 result = run(network, volume, **options)
+                write(result)
             if result is None:
                 continue  # another process traces and writes it
-            result.write(out, name, unit, forest=forest)
             told = {"neurites": result.polarity, "review": len(result.reviews)}
             rows.append({"name": name, **summary(result.tree), **told})
         except (ValueError, OSError, MemoryError) as error:

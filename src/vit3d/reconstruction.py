@@ -1,6 +1,8 @@
 """The main job, composed of the verbs: stack -> probability -> tree, and the files a person wants of it."""
 
 import math
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +22,7 @@ Box = tuple[slice, slice, slice]
 
 _BYTES_BESIDE = 12  # per voxel, for the probability and what it takes to make, trace and draw it
 _BYTES_ANYWAY = 2**30  # for the network and Python
+_POLL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def reconstruct(
     )
 
 
-def reconstruct_on_disk(  # noqa: PLR0913 (those of `reconstruct`, and two)
+def reconstruct_on_disk(  # noqa: PLR0913 (those of `reconstruct`, and three)
     model,
     volume: Volume,
     store: Path,
@@ -109,15 +112,19 @@ def reconstruct_on_disk(  # noqa: PLR0913 (those of `reconstruct`, and two)
     select: bool = True,
     regrid: bool = True,
     run: dict | None = None,
+    write: Callable[[Reconstruction], None] | None = None,
     **tracing,
 ) -> Reconstruction | None:
     """`reconstruct`, for a volume larger than memory: the probability grows as the OME-Zarr `store`.
 
     Any number of processes may do this at once and be killed: all segment into one store, one of them adds its coarser
-    levels and traces it, and the others get None. Started again, it goes on. `run`: fields of
-    `vit3d.blockwise.out_of_core.RunOptions`. The tree is that of memory, up to rounding; memory follows the neuron.
+    levels, traces it and calls `write` with the result. The others get None when that is done, or do it where that
+    process ended before; the ranks of one job on one machine leave it to one another at once. Started again, it goes
+    on. `run`: fields of `vit3d.blockwise.out_of_core.RunOptions`. The tree is that of memory, up to rounding; memory
+    follows the neuron.
     The store holds the probability also where `mask` is 0, on the grid that the network saw (its scale says which).
     """
+    from .blockwise.block_store import BlockStore
     from .blockwise.leases import Leases
     from .blockwise.out_of_core import RunOptions, segment_store
     from .formats.pyramid import build_pyramid, has_pyramid
@@ -132,19 +139,38 @@ def reconstruct_on_disk(  # noqa: PLR0913 (those of `reconstruct`, and two)
     statistics = processor.measure(as_trained(volume, known).voxels)
     part = within(volume, box)
     store.parent.mkdir(parents=True, exist_ok=True)
-    options = {"processor": processor, "statistics": statistics, "select": select}
-    segment_store(model, as_trained(part, known), store, options=RunOptions(**(run or {})), **options)
-    with Leases(store.parent) as leases, leases.holding(f".{store.name}.tracing") as mine:
-        if not mine:
+    options, how = RunOptions(**(run or {})), {"processor": processor, "statistics": statistics, "select": select}
+    segment_store(model, as_trained(part, known), store, options=options, **how)
+    with Leases(store.parent, options.expiry_s) as leases:
+        if not _is_turn_to_trace(leases, BlockStore(store), options):
             return None
         if not has_pyramid(store):
             build_pyramid(store)
         probability = open_volume(store)
         allowed = None if mask is None else Volume(_ones(VoxelsWithin(mask, box)), part.spacing_um)
         tree, reviews = traced(probability, part, statistics, tracing, allowed)
-    probability = on_grid_of(probability, part)
-    reviews = placed_reviews(reviews, tree, box)
-    return Reconstruction(part, probability, place(tree, box), reviews, statistics.polarity, box)
+        probability = on_grid_of(probability, part)
+        reviews = placed_reviews(reviews, tree, box)
+        result = Reconstruction(part, probability, place(tree, box), reviews, statistics.polarity, box)
+        if write is not None:
+            write(result)
+        BlockStore(store).mark_traced()
+    return result
+
+
+def _is_turn_to_trace(leases, store, options) -> bool:
+    """Whether the tree is left to this process. What another one is making of it is waited for, as that one may die."""
+    mark, lease = store.trace_mark(), f".{store.folder.name}.tracing"
+    if not leases.claim(lease):
+        if options.ranks > 1 and leases.is_held_here(lease):
+            return False  # who launched both tells of a death, and another stack of the folder need not wait
+        if options.rank == 0:  # one of a job's processes says it
+            warnings.warn(
+                f"Another process is tracing {store.folder.name}; should it end without a tree, this one will trace.",
+                stacklevel=3,
+            )
+        leases.wait_for(lease, _POLL_S)
+    return store.trace_mark() == mark
 
 
 def trace_part(

@@ -12,6 +12,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -180,6 +181,16 @@ class BlockStore:
     def forget(self, index: Index) -> None:
         """Take the done-record away, so that the box is computed again."""
         self._record_path(index).unlink(missing_ok=True)
+
+    def trace_mark(self) -> str | None:
+        """What tells the last time that the store was traced from others; None where it never was."""
+        with suppress(FileNotFoundError):
+            return (self.folder / _HOME / "traced").read_text()
+        return None
+
+    def mark_traced(self) -> None:
+        with suppress(OSError):  # the tree is written: without a mark a process that waits for it writes it again
+            _write_file(self.folder / _HOME / "traced", uuid.uuid4().hex.encode())
 
     def finish(self, out: Path) -> None:
         """Clear what dead processes left and give the store its name. The caller has verified it."""

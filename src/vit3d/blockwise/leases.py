@@ -48,6 +48,19 @@ class Leases:
             return False
         return self._create(path)
 
+    def wait_for(self, name: str, poll_s: float) -> None:
+        """Claim the lease as soon as it is free."""
+        while not self.claim(name):
+            time.sleep(poll_s)
+
+    def is_held_here(self, name: str) -> bool:
+        """Whether a process on this machine holds the lease, and is known to live."""
+        try:
+            owner = json.loads((self.folder / name).read_text())
+        except (OSError, ValueError):
+            return False
+        return owner.get("machine") == _machine() and not is_dead(owner)
+
     def release(self, name: str) -> None:
         with self._lock:
             self._held.discard(name)

@@ -135,7 +135,8 @@ def _opened(out, model, volume, processor, identity, statistics, options) -> tup
 
     One process at a time makes or renames it.
     """
-    with Leases(out.parent, options.expiry_s) as leases, _turn(leases, f".{out.name}.opening"):
+    with Leases(out.parent, options.expiry_s) as leases:
+        leases.wait_for(f".{out.name}.opening", _POLL_S / 4)
         growing = partial_path(out).exists()  # asked first: it may get its name between the two questions
         if out.exists():
             store = BlockStore(out)
@@ -166,13 +167,6 @@ def _opened(out, model, volume, processor, identity, statistics, options) -> tup
 def _check_memory_here(store: BlockStore, model, volume: Volume, options: RunOptions) -> None:
     statistics = IntensityStatistics(**store.manifest["statistics"])
     check_memory(store.layout, model, volume, statistics, options.memory_bytes)
-
-
-@contextmanager
-def _turn(leases: Leases, name: str) -> Iterator[None]:
-    while not leases.claim(name):
-        time.sleep(_POLL_S / 4)
-    yield
 
 
 def _has_damage(store: BlockStore) -> bool:
