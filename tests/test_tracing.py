@@ -423,6 +423,20 @@ def test_a_neurite_goes_on_beside_its_end_and_round_a_corner(beyond):
     assert trace(Volume(mask), forest=True).num_roots == 1
 
 
+def test_of_a_beaded_neurite_most_beads_are_joined():
+    """A bead is too short to have a direction, and so little lies between two that none is needed."""
+    found = []
+    for seed in range(8):
+        rng, mask, x = np.random.default_rng(seed), np.zeros((20, 30, 120), bool), 8.0
+        while x < 112:
+            radii, middle = 1.2 * rng.uniform(0.7, 1.5, 3), (*rng.uniform((9.3, 14.3), (10.7, 15.7)), x)
+            away = np.moveaxis(np.indices(mask.shape), 0, -1) - middle
+            mask |= ((away / radii) ** 2).sum(-1) <= 1
+            x += 2 * radii[2] + 0.5
+        found.append(np.ptp(trace(Volume(mask)).points[:, 2]) / 104)
+    assert np.mean(found) > 0.65
+
+
 @pytest.mark.parametrize("hole", [5, 7, 9])
 def test_a_broken_crossing_is_joined_straight_on_and_not_round_its_corners(hole):
     reach = hole / 2 + 2

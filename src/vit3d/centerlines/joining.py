@@ -14,6 +14,7 @@ from vit3d.volume import Volume
 
 _TURN = 2.0  # a gap met at a right angle counts as (1 + _TURN) times its length
 _MIN_COSINE = 0.3  # a gap lies ahead of its tip, within 72 degrees, and not behind the other's, within as many
+_BLIND_STEPS = 2.0  # ... but where the gap is that short and a fragment too short to have a direction
 _AIM_STEPS = 6.0  # in-plane voxels behind a tip that give its direction
 _SLACK_STEPS = 0.5  # where a gap ends is known to half a voxel
 _LOOKS = 8  # per voxel of a gap: its length must be measured finer than it is known
@@ -100,7 +101,7 @@ def _candidates(forest: NeuronTree, fragment: np.ndarray, ground: Ground, max_ga
     tips, heading = _tips(forest, _AIM_STEPS * step.min())
     if not len(tips):
         return []
-    extent = _extents(forest, fragment)
+    cable, extent = _extents(forest, fragment)
     outward = np.zeros_like(forest.points)
     outward[tips] = heading
     behind = _behind_tips(forest, tips, _AIM_STEPS * step.min())
@@ -121,13 +122,18 @@ def _candidates(forest: NeuronTree, fragment: np.ndarray, ground: Ground, max_ga
         is_tip = outward[near].any(1)
         facing = np.where(is_tip, -(across * outward[near]).sum(1) / np.maximum(length, 1e-9), 1.0)
         onward = np.where(is_tip, -(outward[near] @ outward[tip]), 1.0)
+        shorter = np.minimum(cable[fragment[near]], cable[fragment[tip]])
+        blind = (shorter < _AIM_STEPS * step.min()) & (gap <= _BLIND_STEPS * step.min())
+        plausible = blind | ((ahead > _MIN_COSINE) & (facing > -_MIN_COSINE))
+        plausible &= gap <= _TRUST * np.minimum(extent[fragment[near]], extent[fragment[tip]])
+        if not plausible.any():
+            continue
+        near, gap, ahead, facing, onward = (values[plausible] for values in (near, gap, ahead, facing, onward))
         seen, gap_in_volume, is_closed = _between(forest, tip, near, ground)
         # round a corner both ends look halfway at each other: what is turned is what lies between their directions
         turn = np.maximum(1 - ahead + (1 - facing) / 2, 1 - onward)
         cost = gap * (1 + _TURN * turn) * (1.2 - seen)
         allowed = ~is_closed & (gap_in_volume <= max_gap + _SLACK_STEPS * step.min())
-        allowed &= (ahead > _MIN_COSINE) & (facing > -_MIN_COSINE)
-        allowed &= gap <= _TRUST * np.minimum(extent[fragment[near]], extent[fragment[tip]])
         for other in np.unique(fragment[near[allowed]]):
             rows = np.flatnonzero(allowed & (fragment[near] == other))
             best = rows[cost[rows].argmin()]
@@ -167,12 +173,12 @@ def _behind_tips(forest: NeuronTree, tips: np.ndarray, reach: float) -> np.ndarr
     return behind
 
 
-def _extents(forest: NeuronTree, fragment: np.ndarray) -> np.ndarray:
-    """(N,) by the row of a fragment's root: its cable plus the caps of its thickest node."""
+def _extents(forest: NeuronTree, fragment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) each, by the row of a fragment's root: its cable, and that with the caps of its thickest node."""
     cable = np.bincount(fragment[forest.edges], forest.edge_lengths, len(forest))
     thickest = np.zeros(len(forest))
     np.maximum.at(thickest, fragment, forest.radii)
-    return cable + 2 * thickest
+    return cable, cable + 2 * thickest
 
 
 def _between(forest: NeuronTree, tip: int, near: np.ndarray, ground: Ground):
