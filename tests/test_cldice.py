@@ -65,6 +65,14 @@ def test_of_one_annotated_slice_the_skeleton_is_that_of_a_plane():
     assert soft_cldice_loss(logits_of(thinner), labels) < 0.01
 
 
+@pytest.mark.parametrize("radius", [1, 2, 3])
+def test_a_neurite_whose_rim_is_ignored_is_missed_as_one_without(radius):
+    """So `training_labels` leaves what is thicker than its golds say."""
+    labels = bar(radius)[:, 0].long()
+    labels[(bar(radius + 2)[:, 0] == 1) & (labels == 0)] = -100
+    assert soft_cldice_loss(logits_of(torch.zeros(SHAPE)), labels) > 0.9
+
+
 def test_what_is_ignored_costs_nothing_and_teaches_nothing():
     labels = bar()[:, 0].long()
     labels[..., 24:] = -100

@@ -19,7 +19,8 @@ def soft_cldice_loss(logits: torch.Tensor, labels: torch.Tensor, iterations: int
     known = (labels != _IGNORED).unsqueeze(1)
     probability = logits.float().sigmoid() * known
     target = (labels == 1).unsqueeze(1).float()
-    found, true = (soft_skeleton(image, iterations, known) for image in (probability, target))
+    annotated = known.any(-1, keepdim=True).any(-2, keepdim=True).expand_as(known)  # slices of which anything is known
+    found, true = (soft_skeleton(image, iterations, annotated) for image in (probability, target))
     precision = ((found * target).sum() + 1) / (found.sum() + 1)
     sensitivity = ((true * probability).sum() + 1) / (true.sum() + 1)
     return 1 - 2 * precision * sensitivity / (precision + sensitivity)
