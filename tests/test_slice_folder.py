@@ -81,15 +81,26 @@ def palette_slices(folder, indices, palette, **options):
 def test_slices_with_a_palette_of_greys_are_read_as_grey_values(tmp_path, options):
     indices = noise(dtype=np.uint8) % 16
     palette = np.repeat(np.random.default_rng(1).permutation(256).astype(np.uint8)[:16, None], 3, axis=1)
-    palette[indices.max()] = 0, 255, 0  # a colour for marks
-    indices[indices == indices.max()] = 0  # which is not used
     volume = open_volume(palette_slices(tmp_path / "a", indices, palette, **options))
     assert (volume.shape, volume.voxels.dtype) == (indices.shape, np.uint8)
     assert (volume.voxels[3:, 4:, ::2] == palette[indices, 0][3:, 4:, ::2]).all()
 
 
+@pytest.mark.parametrize(
+    "name", ["2.{0}a{0}", "A1.{0} ({0})", "12.8.0 frame {0}", "s1.{0}_z{0:04}", "Image 3.{0} - {0}"]
+)
+def test_a_dot_is_no_decimal_point_where_a_whole_number_counts_the_slices(tmp_path, name):
+    planes = noise((13, 8, 9), np.uint8)
+    folder = tmp_path / "a"
+    folder.mkdir()
+    for z, plane in enumerate(planes):
+        Image.fromarray(plane).save(folder / f"{name.format(z + 5)}.png")
+    assert (read_volume(folder).voxels == planes).all()
+
+
 def test_slices_with_a_palette_of_colours_are_colour_slices(tmp_path):
     indices, palette = noise(dtype=np.uint8), np.random.default_rng(1).integers(0, 255, (256, 3), np.uint8)
+    indices[0], palette[0] = 0, 0  # a blank slice, which uses black alone
     folder = palette_slices(tmp_path / "a", indices, palette)
     with pytest.raises(ValueError, match=r"3 channels \(RGB\)"):
         open_volume(folder)

@@ -12,6 +12,7 @@ from .axes import stack_index
 from .lazy_voxels import Box, LazyVoxels, check_declared, damage_reported
 
 _PROJECTIONS = ("MAX_", "MIN_", "AVG_", "SUM_", "STD_", "MED_")  # as Fiji names what it makes of a stack
+_WHOLE, _DECIMAL = r"(\d+)", r"(\d+(?:\.\d+)?)"  # numbers in names
 _SUFFIXES = (".tif", ".tiff", ".png")
 _NO_COMPANY = (".swc", ".eswc", ".zarr", ".v3draw", ".v3dpbd", ".lsm", ".btf", ".tf8")
 
@@ -73,13 +74,21 @@ def open_slices(folder: Path, channel: int | None = None) -> tuple[SliceVoxels, 
 
 def _images(folder: Path) -> list[Path]:
     """The folder's images in natural order: slice 10 after slice 9, and 0.5 after 0.25."""
-    files = (path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES and path.name[0] != ".")
-    return sorted(files, key=lambda path: (_words(path), path.name))
+    files = [path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES and path.name[0] != "."]
+    files.sort(key=lambda path: (_words(path, _WHOLE), path.name))
+    return files if _are_counted(files) else sorted(files, key=lambda path: (_words(path, _DECIMAL), path.name))
 
 
-def _words(file: Path) -> list[str | float]:
+def _words(file: Path, number: str) -> list[str | float]:
     """What a name consists of: texts in the even places, and the numbers between them."""
-    return [float(word) if at % 2 else word for at, word in enumerate(re.split(r"(\d+(?:\.\d+)?)", file.stem))]
+    return [float(word) if at % 2 else word for at, word in enumerate(re.split(number, file.stem))]
+
+
+def _are_counted(files: list[Path]) -> bool:
+    """Whether a whole number in their names rises evenly from slice to slice: a dot is then no decimal point."""
+    fields = zip(*(_words(file, _WHOLE)[1::2] for file in files))  # noqa: B905 (those that all have)
+    steps = [np.diff(field) for field in fields]
+    return len(files) > 2 and any(step.min() > 0 and np.ptp(step) == 0 for step in steps)
 
 
 def _check_numbers(files: list[Path]) -> None:
@@ -91,7 +100,8 @@ def _check_numbers(files: list[Path]) -> None:
     projected = [file for file in files if file.name.startswith(_PROJECTIONS)]
     if 0 < len(projected) < len(files):
         raise _several(projected[0], next(file for file in files if file not in projected))
-    names = [_words(file) for file in files]
+    number = _WHOLE if _are_counted(files) else _DECIMAL
+    names = [_words(file, number) for file in files]
     numbers = [words[1::2] for words in names]
     fields = [list(field) for field in zip(*numbers) if len(set(field)) > 1]  # noqa: B905 (those that all have)
     counts = [len(found) for found in numbers]
@@ -158,10 +168,7 @@ def _mode(image: Image.Image) -> str:
         return image.mode
     image.info.pop("transparency", None)  # of which Pillow warns, and which slices of one stack need not share
     palette = np.frombuffer(image.palette.palette, np.uint8).reshape(-1, 3)
-    coloured = np.flatnonzero(np.ptp(palette, axis=1))
-    # The pixels are decoded only where the palette holds a colour, which they may not use.
-    used = (entry for _, entry in image.getcolors()) if len(coloured) else ()
-    return "L" if set(coloured.tolist()).isdisjoint(used) else "RGB"
+    return "RGB" if np.ptp(palette, axis=1).any() else "L"  # used or not: a blank slice fits those that use it
 
 
 def _pages(file: Path) -> int:
