@@ -806,6 +806,23 @@ def test_pages_unlike_the_others_that_come_at_no_regular_distance_are_named(tmp_
             open_volume(tmp_path / "a.tif", channel=None if pages[0].ndim == 2 else 0)
 
 
+@pytest.mark.parametrize("odd", [(7, 8), (0, 1), (5, 6, 7, 8), (4, 5), (1, 3, 5, 7)])
+def test_of_several_shorter_pages_wherever_they_come_one_is_named(tmp_path, odd):
+    pages = [plane[: 63 if at in odd else 64] for at, plane in enumerate(noise((9, 64, 48), np.uint8))]
+    page_by_page(tmp_path / "a.tif", pages, metadata=None)
+    with pytest.raises(ValueError, match=rf"page {odd[0] + 1} is 63 x 48 of uint8, but most pages are 64 x 48"):
+        open_volume(tmp_path / "a.tif")
+
+
+def test_thumbnails_that_come_last_or_with_every_slice_are_passed_over(tmp_path):
+    voxels, path = noise((9, 64, 48), np.uint8), tmp_path / "a.tif"
+    small = [plane[::4, ::4] for plane in voxels]
+    in_turn = [page for both in zip(voxels, small, strict=True) for page in both]
+    for pages in ([*voxels, small[0]], [*voxels, small[0], small[1][:9]], in_turn):
+        page_by_page(path, pages, metadata=None)
+        assert (read_volume(path).voxels == voxels).all()
+
+
 def test_no_page_of_those_that_a_description_counts_may_be_of_another_type(tmp_path):
     pages = list(noise((20, 64, 48), np.uint8))
     pages[10:] = [page.astype(np.uint16) for page in pages[10:]]

@@ -4,7 +4,6 @@ import math
 import struct
 from collections import Counter
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 from xml.etree import ElementTree
@@ -35,7 +34,8 @@ class _PageHeader(NamedTuple):
 
     @property
     def is_preview(self) -> bool:
-        return bool(self.new_subfile_type & 1) or self.subfile_type == 2
+        """Or a mask of what is to be seen of another page."""
+        return bool(self.new_subfile_type & (1 | 4)) or self.subfile_type == 2
 
     @property
     def form(self) -> str:
@@ -118,18 +118,25 @@ def _check_equal_pages(path: Path, headers: dict[int, _PageHeader], own: list[in
 
     tifffile compares a few of them only: it leaves the odd page out, or reads what follows in the file as its pixels.
     Beside the pages that a description counts there may be any others. Where none counts them, only previews may: pages
-    that say so, or that come in runs of one length, as small copies of all slices do, and not only once.
+    that say so, or that are smaller both ways and come last, or as many as the slices.
     """
-    stack = [headers[offset].form for offset in own if offset in headers]
-    beside = [] if counted else [header.form for header in headers.values() if not header.is_preview]
-    for forms in (stack, beside):
-        common, *others = Counter(forms).most_common() or [None]
-        runs = {(form, len(list(run))) for form, run in groupby(forms)}
-        if others and (forms is stack or len(runs) > 1 + len(others) or others[-1][1] == 1 < common[1]):
-            form = others[-1][0]
-            page = next(at for at, header in enumerate(headers.values(), 1) if header.form == form)
+    stack = [headers[offset] for offset in own if offset in headers]
+    if not stack:
+        return
+    slices = stack if counted else [header for header in headers.values() if not header.is_preview]
+    usual = Counter(slices or stack).most_common(1)[0][0]
+    last = max(at for at, offset in enumerate(headers) if offset in own)
+    of_form = Counter(header.form for header in headers.values())
+    if of_form[usual.form] == 1:  # images, each of its own kind
+        return
+    for at, (offset, header) in enumerate(headers.items()):
+        if header.form == usual.form or (offset not in own and (counted or header.is_preview)):
+            continue
+        smaller = header.length < usual.length and header.width < usual.width
+        if offset in own or not smaller or not (at > last or of_form[header.form] == of_form[usual.form]):
             raise ValueError(
-                f"{path} is no stack: page {page} is {form}, but most pages are {common[0]}; slices must be equal."
+                f"{path} is no stack: page {at + 1} is {header.form}, but most pages are {usual.form}; slices must be "
+                "equal."
             )
 
 
@@ -222,8 +229,9 @@ def _page_headers(path: Path) -> dict[int, _PageHeader]:
 
 def _page_header(file: BinaryIO, body: bytes, tags: np.ndarray, offset_code: str) -> _PageHeader:
     stated, order, inline = dict(_DEFAULTS), offset_code[0], struct.calcsize(offset_code)
-    for place in np.flatnonzero(np.isin(tags["tag"], list(_DEFAULTS))):
-        code = order + _NUMBERS.get(int(tags["type"][place]), "B")
+    known = np.isin(tags["tag"], list(_DEFAULTS)) & np.isin(tags["type"], list(_NUMBERS))
+    for place in np.flatnonzero(known):
+        code = order + _NUMBERS[int(tags["type"][place])]
         value = body[(place + 1) * tags.itemsize - inline : (place + 1) * tags.itemsize]
         if tags["count"][place] * struct.calcsize(code) > inline:
             file.seek(*struct.unpack(offset_code, value))
