@@ -90,3 +90,11 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
     (tmp_path / ".a.b.partial" / "kept.txt").touch()
     write(tmp_path)
     assert (tmp_path / ".a.b.partial" / "kept.txt").exists()
+
+
+@pytest.mark.parametrize("suffix", [".swc", ".SWC", ".eswc", ".ESWC"])
+def test_a_tree_is_written_however_its_suffix_is_capitalised(tmp_path, suffix):
+    with all_or_none(tmp_path, "a") as whole:
+        (whole / f"a{suffix}").write_text("1 0 0 0 0 1 -1")
+        (whole / "a_review.csv").write_text("kind")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f"a{suffix}", "a_review.csv"])

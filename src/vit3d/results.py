@@ -60,7 +60,7 @@ def all_or_none(out: Path, name: str) -> Iterator[Path]:
             whole = Path(folder, "results")
             whole.mkdir()
             yield whole
-            for path in sorted(whole.iterdir(), key=lambda path: _ORDER.index(path.suffix)):
+            for path in sorted(whole.iterdir(), key=lambda path: _ORDER.index(path.suffix.lower())):
                 os.replace(path, out / path.name)
 
 
