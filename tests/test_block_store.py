@@ -248,18 +248,24 @@ def test_of_many_who_claim_at_once_one_gets_it(tmp_path):
     assert sorted(got) == [False] * 7 + [True]
 
 
-def test_a_lease_is_held_here_while_its_process_lives(tmp_path):
+def test_a_lease_is_held_by_a_sibling_while_that_lives(tmp_path):
     process = claim_in_a_process(tmp_path)
     with Leases(tmp_path) as leases:
-        assert not leases.is_held_here("other")
-        assert leases.is_held_here("box")
-        owner = (tmp_path / "box").read_text()
-        (tmp_path / "box").write_text(json.dumps({**json.loads(owner), "machine": "elsewhere"}))
-        assert not leases.is_held_here("box")
-        (tmp_path / "box").write_text(owner)
+
+        def held_if_owner_says(**facts) -> bool:
+            (tmp_path / "box").write_text(json.dumps({**owner, **facts}))
+            return leases.is_held_by_sibling("box")
+
+        owner = json.loads((tmp_path / "box").read_text())
+        assert owner["launcher"] == os.getpid()
+        together = {"launcher": os.getppid()}
+        assert not leases.is_held_by_sibling("other")
+        assert not leases.is_held_by_sibling("box")  # this process launched it
+        assert held_if_owner_says(**together)
+        assert not held_if_owner_says(**together, machine="elsewhere")
         process.kill()
         process.wait()
-        assert not leases.is_held_here("box")
+        assert not held_if_owner_says(**together)
 
 
 def test_the_lease_of_a_killed_process_is_free_at_once(tmp_path):

@@ -139,10 +139,11 @@ def reconstruct_on_disk(  # noqa: PLR0913 (those of `reconstruct`, and three)
     statistics = processor.measure(as_trained(volume, known).voxels)
     part = within(volume, box)
     store.parent.mkdir(parents=True, exist_ok=True)
+    before = BlockStore(store).trace_mark() if store.exists() else None
     options, how = RunOptions(**(run or {})), {"processor": processor, "statistics": statistics, "select": select}
     segment_store(model, as_trained(part, known), store, options=options, **how)
     with Leases(store.parent, options.expiry_s) as leases:
-        if not _is_turn_to_trace(leases, BlockStore(store), options):
+        if not _is_turn_to_trace(leases, BlockStore(store), before, options):
             return None
         if not has_pyramid(store):
             build_pyramid(store)
@@ -158,11 +159,12 @@ def reconstruct_on_disk(  # noqa: PLR0913 (those of `reconstruct`, and three)
     return result
 
 
-def _is_turn_to_trace(leases, store, options) -> bool:
-    """Whether the tree is left to this process. What another one is making of it is waited for, as that one may die."""
-    mark, lease = store.trace_mark(), f".{store.folder.name}.tracing"
+def _is_turn_to_trace(leases, store, before: str | None, options) -> bool:
+    """Whether the tree is left to this process: the store's mark is still that from `before` it was segmented. What
+    another one is making of it is waited for, as that one may die."""
+    lease = f".{store.folder.name}.tracing"
     if not leases.claim(lease):
-        if options.ranks > 1 and leases.is_held_here(lease):
+        if options.ranks > 1 and leases.is_held_by_sibling(lease):
             return False  # who launched both tells of a death, and another stack of the folder need not wait
         if options.rank == 0:  # one of a job's processes says it
             warnings.warn(
@@ -170,7 +172,7 @@ def _is_turn_to_trace(leases, store, options) -> bool:
                 stacklevel=3,
             )
         leases.wait_for(lease, _POLL_S)
-    return store.trace_mark() == mark
+    return store.trace_mark() == before
 
 
 def trace_part(

@@ -53,13 +53,14 @@ class Leases:
         while not self.claim(name):
             time.sleep(poll_s)
 
-    def is_held_here(self, name: str) -> bool:
-        """Whether a process on this machine holds the lease, and is known to live."""
+    def is_held_by_sibling(self, name: str) -> bool:
+        """Whether a process that was launched here together with this one holds the lease, and is known to live."""
         try:
             owner = json.loads((self.folder / name).read_text())
         except (OSError, ValueError):
             return False
-        return owner.get("machine") == _machine() and not is_dead(owner)
+        together = (owner.get("machine"), owner.get("launcher")) == (_machine(), os.getppid())
+        return together and not is_dead(owner)
 
     def release(self, name: str) -> None:
         with self._lock:
@@ -135,7 +136,8 @@ class Leases:
 
 def this_process() -> dict:
     """This process, so that another one on the same machine can tell whether it still lives."""
-    return {"machine": _machine(), "pid": os.getpid(), "started": _started(os.getpid())}
+    own = {"pid": os.getpid(), "started": _started(os.getpid()), "launcher": os.getppid()}
+    return {"machine": _machine(), **own}
 
 
 def _machine() -> str:
