@@ -431,6 +431,17 @@ def test_a_stack_coarser_than_the_others_is_learned_on_the_voxels_that_reconstru
     assert both > 0.6 * (traced.labels == 1).sum()
 
 
+def test_a_stack_that_would_grow_too_large_is_learned_on_its_own_voxels(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("vit3d.learning.training_data._LARGEST_REFINED", 10_000)
+    coarse, tree = simulate_neuron(seed=1, shape=(16, 64, 64), spacing_um=(2.0, 0.66, 0.66))
+    write_volume(coarse, tmp_path / "cell.tif")
+    write_swc(tree, tmp_path / "cell.swc")
+    with pytest.warns(UserWarning, match="cell is learned on its own voxels"):
+        (volume,), _ = training_volumes(config, find_pairs(tmp_path), KNOWING, tmp_path / "store")
+    np.testing.assert_array_equal(volume.voxels, coarse.voxels)
+    assert volume.voxels[volume.labels == 1].mean() > volume.voxels[volume.labels == 0].mean() + 20
+
+
 def test_neurons_of_one_stack_are_no_background_to_each_other(config, tmp_path):
     """Nor does one whose SWC cannot be read keep the others from being learned."""
     volume, tree = simulate_neuron(seed=3, shape=(12, 64, 72))

@@ -1,5 +1,6 @@
 """What a network is trained on: pairs of stack and gold, made ready, and simulated neurons beside them."""
 
+import math
 import warnings
 from contextlib import suppress
 from copy import copy
@@ -31,6 +32,7 @@ _SIMULATED_SEEDS = 10_000  # neurons of one training seed; nobody trains on the 
 _SIMULATION = 4  # goes up when neurons are simulated or cut otherwise: what a store holds is then old
 _LABELLING = 2  # the same, when golds are
 _LARGEST_SIMULATED = (128, 384, 384)  # voxels (z, y, x) kept of a simulated neuron: on finer ones all would fill a disk
+_LARGEST_REFINED = 1 << 27  # voxels of a real stack on finer ones: what comes of it would fill memory
 
 
 def chosen_neurons(config: TrainingConfig) -> tuple[list[dict], TrainingConfig]:
@@ -132,7 +134,7 @@ def training_volumes(
         try:
             ready = partial(_made_ready, row, others, config, network, processor)
             volumes.append(prepared(store, key, ready))
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError) as error:
             left_out.append(annotation.said_of(row, error))
     if left_out and not volumes:
         raise ValueError(f"No pair of {config.data} can be trained on: {' '.join(left_out)}")
@@ -245,10 +247,10 @@ def _made_ready(
     if not row["swc"]:
         volume = read_stack(row, config.spacing_um)
         labels = annotation.read_labels(row, volume.shape)
-        seen = as_trained(volume, network)
+        seen = _refined(volume, network, row["name"])
         return TrainingVolume.prepare(row["name"], np.asarray(seen.voxels), _labels_on(seen, volume, labels), processor)
     pair = read_pair(row, config.spacing_um, align=config.align, keep_misplaced=config.keep_misplaced)
-    seen = as_trained(pair.volume, network)
+    seen = _refined(pair.volume, network, row["name"])
     seen = replace(seen, voxels=np.asarray(seen.voxels))
     gold = _tree_on(seen, pair.volume, pair.gold)
     if not radii_fit(gold, seen.shape):
@@ -261,6 +263,15 @@ def _made_ready(
             unknown |= training_labels(tree, seen.shape, min_radius_vox=MIN_RADIUS_VOX) != 0
     labels = training_labels(gold, seen.shape, min_radius_vox=MIN_RADIUS_VOX, untraced=unknown)
     return replace(TrainingVolume.prepare(row["name"], seen.voxels, labels, processor), shift_vox=pair.shift_vox)
+
+
+def _refined(volume: Volume, network: ViT3DConfig, name: str) -> Volume:
+    """`as_trained`, or with a warning the stack itself, where that would be too large."""
+    seen = as_trained(volume, network)
+    if seen is volume or math.prod(seen.shape) <= _LARGEST_REFINED:
+        return seen
+    warnings.warn(f"{name} is learned on its own voxels: on finer ones it would have {seen.shape}.", stacklevel=2)
+    return volume
 
 
 def _tree_on(seen: Volume, volume: Volume, tree: NeuronTree) -> NeuronTree:
