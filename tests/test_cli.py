@@ -800,6 +800,7 @@ def test_where_there_is_no_room_that_is_said_and_nothing_is_left(tmp_path, check
     assert files(tmp_path) == {"a.tif"}
 
 
+@pytest.mark.slow
 def test_a_trace_whose_tree_finds_no_room_leaves_the_earlier_list_beside_the_earlier_tree(tmp_path):
     broken, swc = stack(), tmp_path / "o" / "a.swc"
     broken[:, :, 40:60] = 10

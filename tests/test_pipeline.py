@@ -90,6 +90,7 @@ def test_the_tree_is_the_one_that_reconstruct_gives_and_its_text_is_an_swc(segme
     np.testing.assert_allclose(tree.points, expected.points, atol=0.01)
 
 
+@pytest.mark.slow
 def test_the_tree_is_the_one_that_reconstruct_gives_where_other_cells_lie_out_of_focus():
     volume, truth = unlike_stack("crowd", 762)
     model, processor = load_checkpoint("vit3d-tiny")

@@ -445,6 +445,7 @@ TRACING = ".a_probability.zarr.tracing"
 WAITS = "vit3d: Another process is tracing a_probability.zarr; should it end without a tree, this one will trace.\n"
 
 
+@pytest.mark.slow
 def test_who_waits_for_a_process_that_gives_up_tracing_traces(vit3d, other, tmp_path):
     def give_up():
         while not (tmp_path / "o" / "a_probability.zarr").exists():
@@ -471,6 +472,7 @@ def test_a_process_killed_elsewhere_while_it_traced_is_waited_for_and_then_repla
     assert names(tmp_path / "o") == ON_DISK
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_the_tracing_is_done_once_and_waited_for_unless_a_launcher_looks_after_all(tmp_path, ranks):
     volume, store = open_volume(written(tmp_path / "a.zarr")), tmp_path / "o" / "a_probability.zarr"
