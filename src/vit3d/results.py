@@ -19,7 +19,7 @@ from PIL import Image
 from .blockwise.leases import is_dead, this_process
 from .formats.appearing import appearing
 from .formats.tiff import SOFTWARE
-from .swc import written_here
+from .swc import review_of, written_here
 from .tracing import Review
 from .tree import NeuronTree
 
@@ -38,9 +38,9 @@ def refuse_foreign(swc: Path, forest: bool, beside: tuple[str, ...] = (), *, is_
     places to review. is_named: somebody asked for a file of this very name, and may have it replaced.
     """
     trees = [path for path in _trees(swc) if (path != swc) == forest and not (is_named and path == swc)]
-    has_results = _review_of(swc).is_file() and is_ours(_review_of(swc))
+    has_results = review_of(swc).is_file() and is_ours(review_of(swc))
     foreign = [path for path in trees if not has_results or _has_stack_of_its_own(path, swc) or not is_ours(path)]
-    others = [_review_of(swc), *(swc.with_name(swc.stem + end) for end in beside)]
+    others = [review_of(swc), *(swc.with_name(swc.stem + end) for end in beside)]
     for path in foreign + [path for path in others if path.exists() and not is_ours(path)]:
         raise ValueError(
             f"{path} is no result of an earlier run and would be lost; choose another place for what is written."
@@ -129,13 +129,9 @@ def _trees(swc: Path) -> list[Path]:
 def _has_stack_of_its_own(path: Path, swc: Path) -> bool:
     """Whether one of `_trees` is another stack's: NAME_1.swc that of NAME_1.tif, or NAME.swc one of its several."""
     if path != swc:
-        return _review_of(path).is_file()
+        return review_of(path).is_file()
     before = re.fullmatch(r"(.+)_\d+", path.stem)
     return before is not None and path.with_name(f"{before[1]}_review.csv").is_file()
-
-
-def _review_of(swc: Path) -> Path:
-    return swc.with_name(f"{swc.stem}_review.csv")
 
 
 def swc_files(tree: NeuronTree, path: Path, forest: bool) -> Iterator[tuple[Path, NeuronTree]]:

@@ -125,6 +125,11 @@ class SwcText:
         return ValueError(f"{self.path}, line {line + 1} (node {words[line][0]}) {what}.")
 
 
+def review_of(swc: Path) -> Path:
+    """Where the places to review of a trace are listed, beside it."""
+    return swc.with_name(f"{swc.stem}_review.csv")
+
+
 def written_here(path: Path) -> bool:
     """Whether this package wrote the file, as its first lines say."""
     with path.open("rb") as file:

@@ -278,11 +278,6 @@ def is_mask(label: str | Path) -> bool:
 # --- golds ---
 
 
-def is_traced(swc: str | Path) -> bool:
-    """Whether a list of places to review lies beside it, as beside what `vit3d reconstruct` and `vit3d trace` write."""
-    return Path(swc).with_name(f"{Path(swc).stem}_review.csv").is_file()
-
-
 def _parsed(name: str) -> tuple[str, str, str]:
     """An SWC's file name -> (image's bare name, "neuron2" or "", stamp as digits or "")."""
     match = _STAMPED.fullmatch(name)

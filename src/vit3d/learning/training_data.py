@@ -14,12 +14,13 @@ from tqdm import tqdm
 from ..annotations import annotation
 from ..annotations.file_facts import glance, size, stamp
 from ..annotations.gold import align_gold, check_place, untraced_structure
-from ..annotations.pairs import find_pairs, is_traced, split_name, splits_of
+from ..annotations.pairs import find_pairs, split_name, splits_of
 from ..model.configuration_vit3d import ViT3DConfig
 from ..model.image_processing_vit3d import ViT3DImageProcessor
 from ..model.intensity_vit3d import measure
 from ..regridding import as_trained
 from ..simulate import random_neuron
+from ..swc import review_of
 from ..targets import radii_fit, training_labels
 from ..tree import NeuronTree
 from ..volume import Volume
@@ -58,7 +59,7 @@ def chosen_neurons(config: TrainingConfig) -> tuple[list[dict], TrainingConfig]:
         raise ValueError(f"--validate {split}: no neuron with an SWC is in that split; name neurons, or --split-file.")
     if named or config.split_file:
         rows = [row for row in rows if row["name"] in asked or splits[row["name"]] == "train"]
-    if traced := [Path(row["swc"]).name for row in rows if row["swc"] and is_traced(row["swc"])]:
+    if traced := [Path(row["swc"]).name for row in rows if row["swc"] and review_of(Path(row["swc"])).is_file()]:
         told = f"Taken for golds, though lists of places to review lie beside them: {', '.join(traced)}; proofread?"
         warnings.warn(told, stacklevel=2)
     seen = {row["image"] for row in rows if row["name"] in asked}
